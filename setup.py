@@ -1,0 +1,27 @@
+"""Metadata and dependencies. Relay runs from its checkout: nothing of it is put into site-packages.
+
+Its folders are called `utils` and `evaluate`; installed, they would shadow other people's.
+"""
+
+from setuptools import setup
+
+setup(
+    name="relay-vision",
+    version="0.1.0",
+    description="MoCo-v2 pretraining, Faster R-CNN fine-tuning in rounds and COCO evaluation as a chain of Slurm jobs",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[],
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "submitit>=1.5.4",
+        "pycocotools>=2.0.8",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=10",
+    ],
+    extras_require={
+        "dev": ["pytest", "ruff", "mypy", "import-linter", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,1 @@
+"""What every program shares. Nothing here imports from the other packages."""

@@ -1,0 +1,76 @@
+"""The one training loop. What differs between programs is `loss_fn` and the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from utils import dist
+from utils.device import autocast
+from utils.hooks import Hook
+from utils.loader import seed_from
+from utils.optim import Schedule, set_lr
+
+Scalars = dict[str, torch.Tensor]
+LossFn = Callable[[Any], tuple[Scalars, Scalars]]  # batch -> (losses to sum, other numbers to log)
+
+
+@dataclass
+class TrainState:
+    """Where a training run is. `model` is the bare module: its state dict has no wrapper's prefix."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimizer steps finished
+    start_step: int = 0  # the step at which this round began
+    best: float | None = None  # best validation AP so far, over all rounds
+    is_best: bool = False  # the newest epoch's is the best
+    summary: dict[str, float] = field(default_factory=dict)  # the newest epoch's numbers
+
+
+def fit(
+    state: TrainState,
+    loader: DataLoader[Any],
+    loss_fn: LossFn,
+    hooks: Sequence[Hook],
+    *,
+    epochs: int,
+    schedule: Schedule,
+    seed: int,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Train until `epochs` epochs are finished in all, from wherever `state` is.
+
+    Random numbers drawn in a step depend on (seed, step, rank) only, so a resumed run draws the same ones.
+    """
+    for hook in hooks:
+        hook.before_train(state)
+    while state.epoch < epochs:
+        loader.batch_sampler.set_epoch(state.epoch)  # type: ignore[union-attr]
+        state.model.train()
+        for hook in hooks:
+            hook.before_epoch(state)
+        for batch in loader:
+            torch.manual_seed(seed_from(seed, state.step, dist.rank()))
+            set_lr(state.optimizer, schedule(state.epoch, state.step))
+            with autocast(device, precision):
+                losses, numbers = loss_fn(batch)
+            loss = torch.stack(list(losses.values())).sum()
+            state.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            state.optimizer.step()
+            state.step += 1
+            for hook in hooks:
+                hook.after_step(state, {"loss": loss.detach(), **losses, **numbers})
+        state.epoch += 1
+        for hook in hooks:
+            hook.after_epoch(state)
+    for hook in hooks:
+        hook.after_train(state)

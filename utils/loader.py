@@ -1,0 +1,129 @@
+"""The order of the data as a function of (seed, epoch), and items whose randomness is their own.
+
+Nothing of a loader has to be saved to go on exactly where a run stopped: batches follow from (seed, epoch)
+by index arithmetic, and each item seeds its random numbers from (seed, epoch, index), whatever worker makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import dist
+from utils.errors import InputError
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+class GlobalBatches(Sampler[list[Key]]):
+    """This rank's share of each shuffled global batch; the global batches do not depend on the number of ranks.
+
+    Examples that do not fill a last batch are left out of that epoch.
+
+    Raises: InputError when the batch does not divide by the ranks, or is larger than the data set.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        if batch_size % dist.size():
+            raise InputError(f"batch_size={batch_size} does not divide by {dist.size()} ranks; use a multiple of them")
+        if length < batch_size:
+            raise InputError(f"batch_size={batch_size} is more than the {length} training images")
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        share = self.batch_size // dist.size()
+        for batch in range(len(self)):
+            start = batch * self.batch_size + dist.rank() * share
+            yield [(self.epoch, int(index)) for index in order[start : start + share]]
+
+
+class WholeBatches(Sampler[list[int]]):
+    """Batches 0, 1, 2, ... of the data in order, dealt to the ranks: no image twice.
+
+    A batch has the same images however many ranks there are, since images are padded to the largest of
+    their batch and the padding is felt in the last digits.
+    """
+
+    def __init__(self, length: int, batch_size: int) -> None:
+        self.batches = [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)][
+            dist.rank() :: dist.size()
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class Seeded(Dataset[Any]):
+    """`dataset[index]` for a key (epoch, index), with random numbers that depend on (seed, epoch, index) only."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        with seeded(self.seed, *key):
+            return self.dataset[key[1]]
+
+
+def seed_from(*numbers: int) -> int:
+    """A 63-bit seed that mixes `numbers` well: neighbours do not give related streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators from `numbers`, and put their states back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = seed_from(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def make(
+    dataset: Dataset[Any],
+    batches: Sampler[Any],
+    *,
+    workers: int,
+    device: torch.device,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: iterating must not draw from the global one
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,33 @@
+"""SGD and its learning rate as a pure function of epoch and step, so that no scheduler state is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Schedule = Callable[[int, int], float]  # (epoch, step) -> learning rate
+
+
+def sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD over the parameters that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def cosine(lr: float, epochs: int) -> Schedule:
+    """Half a cosine from `lr` to 0, constant within an epoch, as facebookresearch/moco does it."""
+    return lambda epoch, step: lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def constant(lr: float, warmup_steps: int, start_step: int) -> Schedule:
+    """`lr`, reached linearly over the first `warmup_steps` after `start_step`."""
+    return lambda epoch, step: lr * min(1.0, (step - start_step + 1) / (warmup_steps + 1))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr`, whatever a loaded state says: the round's learning rate wins."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

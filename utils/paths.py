@@ -1,0 +1,114 @@
+"""Every path the project reads or writes by itself, derived here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
+NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """Return `name` if it is safe in a path, a job name and a shell. Raises: InputError."""
+    if not NAME.match(name) or set(name) == {"."}:
+        raise InputError(f"{what} {name!r}: use 1 to 64 of A-Z a-z 0-9 . _ -")
+    return name
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One stage's directory: `runs/<chain>/<stage>/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def backbone(self) -> Path:
+        """The exported query encoder of a pretraining stage."""
+        return self.path / "backbone.pth"
+
+    def label_index(self, split: str) -> Path:
+        """The cached label index of one split."""
+        return self.path / f"labels_{split}.npz"
+
+    def rank_log(self, job_id: str, restarts: int, rank: int) -> Path:
+        return self.logs / f"{job_id}_{restarts}_rank{rank}.log"
+
+    def rendezvous(self, job_id: str, step: str, restarts: int) -> Path:
+        """Where rank 0 of one job step tells the other ranks its address."""
+        return self.logs / f".rendezvous_{job_id}.{step}.{restarts}.json"
+
+    def report(self, job_id: str) -> Path:
+        """The evaluation report; `eval_<jobid>.err` and `metrics.json` lie beside it."""
+        return self.path / f"eval_{job_id}.out"
+
+    @property
+    def metrics_summary(self) -> Path:
+        return self.path / "metrics.json"
+
+
+@dataclass(frozen=True)
+class ChainDir:
+    """One chain's directory: `runs/<chain>/`."""
+
+    path: Path
+
+    @classmethod
+    def named(cls, name: str) -> ChainDir:
+        return cls(RUNS / check_name(name, "chain name"))
+
+    def stage(self, stage: str) -> RunDir:
+        return RunDir(self.path / check_name(stage, "stage name"))
+
+    @property
+    def jobs(self) -> Path:
+        """What the launcher submitted: stage -> job id."""
+        return self.path / "jobs.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+
+def staging_root(run_dir: RunDir) -> Path:
+    """Where archives are unpacked: the job's own node-local disk, the site's scratch, or the chain's directory.
+
+    `SLURM_TMPDIR` is set by many sites per job; `RELAY_SCRATCH` is ours, from `slurm/site.sh`.
+    """
+    for variable in ("SLURM_TMPDIR", "RELAY_SCRATCH"):
+        if value := os.environ.get(variable):
+            return Path(value) / "relay"
+    return run_dir.path.parent / "staged"
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path` to the first free `<name>.1`, `<name>.2`, ...: work is never deleted. Returns the new path."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(target)
