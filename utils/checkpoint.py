@@ -69,6 +69,7 @@ def restore(state: Any, saved: Mapping[str, Any], *, same_round: bool) -> None:
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.epoch, state.step, state.best = saved["epochs_done"], saved["step"], saved["best"]
+    state.summary = dict(saved["summary"])
     state.start_step = saved["start_step"] if same_round else saved["step"]
 
 

@@ -12,7 +12,8 @@ from utils.errors import EnvironmentProblem
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A step's own counts: the batch shell has SLURM_PROCID and SLURM_NTASKS too, but is no rank.
 SLURM_STEP = (
-    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE",
 )  # fmt: skip
 
 
@@ -51,6 +52,11 @@ def job_id(environ: Mapping[str, str] = os.environ) -> str:
     if "SLURM_JOB_ID" in environ:
         return environ["SLURM_JOB_ID"]
     return str(os.getppid() if "RANK" in environ else os.getpid())
+
+
+def in_slurm(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `job_id` is the id of a Slurm job."""
+    return "SLURM_JOB_ID" in environ
 
 
 def step_id(environ: Mapping[str, str] = os.environ) -> str:

@@ -43,11 +43,11 @@ class LogMetrics(Hook):
     def __init__(self, writer: MetricsWriter, *, every: int, batch_size: int) -> None:
         self.writer, self.every, self.batch_size = writer, every, batch_size
         self.pending: list[dict[str, torch.Tensor]] = []
-        self.epoch_losses: list[float] = []
+        self.epoch_rows: list[dict[str, float]] = []
         self.since = time.monotonic()
 
     def before_epoch(self, state: TrainState) -> None:
-        self.epoch_losses = []
+        self.epoch_rows = []
         self.since = time.monotonic()
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
@@ -58,10 +58,10 @@ class LogMetrics(Hook):
     def after_epoch(self, state: TrainState) -> None:
         if self.pending:
             self._flush(state, state.epoch - 1)
-        state.summary = {
-            "loss_avg": statistics.fmean(self.epoch_losses),
-            "loss_median": statistics.median(self.epoch_losses),
+        averages = {
+            f"{name}_avg": statistics.fmean(row[name] for row in self.epoch_rows) for name in self.epoch_rows[0]
         }
+        state.summary = averages | {"loss_median": statistics.median(row["loss"] for row in self.epoch_rows)}
 
     def _flush(self, state: TrainState, epoch: int) -> None:
         names = list(self.pending[0])
@@ -72,7 +72,7 @@ class LogMetrics(Hook):
             if not all(map(math.isfinite, row)):
                 values = ", ".join(f"{name}={value:g}" for name, value in zip(names, row, strict=True))
                 raise DivergedError(f"loss is not finite at step {step} (epoch {epoch}): {values}; lower optim.lr")
-        self.epoch_losses += [row[0] for row in rows]
+        self.epoch_rows += [dict(zip(names, row, strict=True)) for row in rows]
         averages = dict(zip(names, map(statistics.fmean, zip(*rows, strict=True)), strict=True))
         rate = len(rows) * self.batch_size / (time.monotonic() - self.since)
         lr = state.optimizer.param_groups[0]["lr"]

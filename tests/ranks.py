@@ -1,0 +1,31 @@
+"""Real ranks for tests: the same small program in several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from utils.paths import ROOT
+
+
+def torchrun(ranks: int, *command: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `command` (`-m module …` or `script …`) as `ranks` processes on one node; output is captured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return run([*launcher, *map(str, command)], timeout=timeout)
+
+
+def run(
+    argv: Sequence[object], environ: Mapping[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run one program from the checkout with one thread; output is captured, the exit code is not checked."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC"))}
+    return subprocess.run(
+        [str(word) for word in argv],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,74 @@
+"""Ranks as real processes: torchrun's rendezvous, and ours from a Slurm step's variables."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from tests.ranks import run, torchrun
+from utils import files
+from utils.paths import RunDir
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from utils import dist
+from utils.paths import RunDir
+with dist.session("cpu", RunDir(Path(sys.argv[1]))):
+    mine = torch.arange(dist.rank() + 1.0) + 10 * dist.rank()
+    with dist.first_rank_first():
+        seen = (Path(sys.argv[1]) / "first").exists()
+        (Path(sys.argv[1]) / "first").touch()
+    assert seen == (dist.rank() > 0)
+    mean = dist.mean(torch.tensor([float(dist.rank())]))
+    print(f"rank {dist.rank()} of {dist.size()}: {dist.gather_rows(mine).tolist()} {mean.item()}", flush=True)
+"""
+
+
+def step(rank: int, size: int, job: str) -> dict[str, str]:
+    """The variables srun gives one task."""
+    return {
+        "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size),
+        "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": str(size),
+        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+    }  # fmt: skip
+
+
+def test_torchrun_ranks_meet_and_gather_unequal_rows(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = torchrun(2, tmp_path / "program.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert f"rank {rank} of 2: [0.0, 10.0, 11.0] 0.5" in result.stdout
+
+
+def test_one_process_is_the_same_code(tmp_path: Path) -> None:
+    result = run([sys.executable, "-c", PROGRAM, tmp_path])
+    assert result.stdout == "rank 0 of 1: [0.0] 0.0\n", result.stderr
+
+
+def test_two_slurm_jobs_at_once_on_one_node_do_not_meet(tmp_path: Path) -> None:
+    expected = {"41": "[0.0, 10.0, 11.0]", "42": "[0.0, 10.0, 11.0, 20.0, 21.0, 22.0]"}
+    ranks = [(job, size, rank) for job, size in (("41", 2), ("42", 3)) for rank in range(size)]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        results = pool.map(
+            lambda job, size, rank: run([sys.executable, "-c", PROGRAM, tmp_path / job], step(rank, size, job)),
+            *zip(*ranks, strict=True),
+        )
+    for (job, size, rank), result in zip(ranks, results, strict=True):
+        assert result.returncode == 0, result.stderr
+        assert f"rank {rank} of {size}: {expected[job]}" in result.stdout
+
+
+def test_a_rank_that_meets_another_run_on_its_port_is_refused(tmp_path: Path) -> None:
+    stranger = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    stranger.set("token", "of another run")
+    file = RunDir(tmp_path).rendezvous("43", "0", 0)
+    files.write_json(file, {"host": "127.0.0.1", "port": stranger.port, "token": "ours"})
+    result = run([sys.executable, "-c", PROGRAM, tmp_path], step(1, 2, "43"))
+    assert result.returncode != 0
+    assert f"belongs to another run; see {file}" in result.stderr

@@ -1,0 +1,172 @@
+"""The training loop with its hooks and checkpoints, on a model small enough to follow by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint, engine, hooks, loader, optim
+from utils.errors import DivergedError, InputError
+from utils.metrics import MetricsWriter, read
+
+SEED = 3
+
+
+class Numbers(torch.utils.data.Dataset[torch.Tensor]):
+    """12 points whose noise is drawn when they are read, as an augmentation's is."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([float(index)]) / 12 + 0.1 * torch.rand(1)
+
+
+def new_state() -> engine.TrainState:
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    return engine.TrainState(model, optim.sgd(model, lr=0.1, momentum=0.9, weight_decay=1e-4))
+
+
+def train(
+    state: engine.TrainState, run: Path, epochs: int, *, schedule: optim.Schedule | None = None, poison: int = -1
+) -> engine.TrainState:
+    """Train on the CPU, writing metrics and checkpoints to `run`; the loss of step `poison` is not finite."""
+
+    def loss_fn(batch: torch.Tensor) -> tuple[engine.Scalars, engine.Scalars]:
+        error = (state.model(batch) - 2 * batch).square().mean()
+        return {"square": error * (float("nan") if state.step == poison else 1)}, {"size": torch.tensor(len(batch))}
+
+    batches = loader.GlobalBatches(12, 4, SEED)
+    made = loader.make(
+        loader.Seeded(Numbers(), SEED), batches, workers=0, device=torch.device("cpu"), collate=torch.stack
+    )
+    engine.fit(
+        state,
+        made,
+        loss_fn,
+        [
+            hooks.LogMetrics(MetricsWriter(run / "metrics.jsonl", state.step), every=2, batch_size=4),
+            hooks.SaveCheckpoints(run, payload),
+        ],
+        epochs=epochs,
+        schedule=schedule or optim.constant(0.05, 0, 0),
+        seed=SEED,
+        device=torch.device("cpu"),
+        precision="float32",
+    )
+    return state
+
+
+def payload(state: engine.TrainState) -> dict[str, object]:
+    return checkpoint.payload("toy", state=state, architecture={}, config={}, world_size=1)
+
+
+def restored(path: Path, *, same_round: bool = True) -> engine.TrainState:
+    state = new_state()
+    checkpoint.restore(state, checkpoint.load(path, "toy", "?"), same_round=same_round)
+    return state
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = train(new_state(), tmp_path / "whole", 3)
+    train(new_state(), tmp_path / "cut", 1)
+    start, own = checkpoint.starting_point("auto", None, tmp_path / "cut", 0)
+    assert own and start
+    resumed = train(restored(start), tmp_path / "cut", 3)
+    assert resumed.step == whole.step == 9
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert [r["square"] for r in read(tmp_path / "cut" / "metrics.jsonl")] == [
+        r["square"] for r in read(tmp_path / "whole" / "metrics.jsonl")
+    ]
+
+
+def test_metrics_written_after_the_checkpoint_are_written_once(tmp_path: Path) -> None:
+    train(new_state(), tmp_path, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 7, "torn')
+    train(restored(tmp_path / "checkpoint_0000.pth"), tmp_path, 2)
+    steps = [record["step"] for record in read(tmp_path / "metrics.jsonl")]
+    assert steps == [2, 3, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_saves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 5 \(epoch 1\).*square=nan"):
+        train(new_state(), tmp_path, 3, poison=4)
+    assert [path.name for path in checkpoint.everything(tmp_path)] == ["checkpoint_0000.pth"]
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    state = new_state()
+    for epoch in range(5):
+        state.epoch = epoch + 1
+        checkpoint.save(tmp_path, payload(state), best=epoch == 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.pth",
+        "checkpoint_0003.pth",
+        "checkpoint_0004.pth",
+    ]
+    assert checkpoint.load(tmp_path / "best.pth", "toy", "?")["epochs_done"] == 2
+
+
+def test_a_new_round_goes_on_with_its_own_rate_and_warm_up(tmp_path: Path) -> None:
+    first = train(new_state(), tmp_path / "r1", 2, schedule=optim.constant(0.1, 0, 0))
+    state = restored(tmp_path / "r1" / "checkpoint_0001.pth", same_round=False)
+    assert (state.epoch, state.step, state.start_step) == (2, 6, 6)
+    momentum = [entry["momentum_buffer"] for entry in first.optimizer.state.values()]
+    carried = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(momentum, carried, strict=True)) and momentum[0].abs().sum() > 0
+    train(state, tmp_path / "r2", 3, schedule=optim.constant(0.01, 3, state.start_step))
+    rates = [record["lr"] for record in read(tmp_path / "r2" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.005, 0.0075])
+
+
+def test_cosine_is_constant_in_an_epoch_and_ends_near_zero() -> None:
+    schedule = optim.cosine(0.4, 4)
+    assert [round(schedule(epoch, 99), 6) for epoch in range(4)] == [0.4, 0.341421, 0.2, 0.058579]
+
+
+def test_the_start_is_own_newest_then_the_round_before_then_nothing(tmp_path: Path) -> None:
+    own, parent = tmp_path / "r2", tmp_path / "r1" / "checkpoint_0022.pth"
+    checkpoint.write(parent, payload(new_state()))
+    assert checkpoint.starting_point("auto", None, own, 0) == (None, False)
+    assert checkpoint.starting_point("auto", str(parent), own, 0) == (parent, False)
+    newest = own / "checkpoint_10000.pth"
+    for path in (own / "checkpoint_9999.pth", newest):
+        checkpoint.write(path, payload(new_state()))
+    assert checkpoint.starting_point("auto", str(parent), own, 0) == (newest, True)
+    assert checkpoint.starting_point("never", str(parent), own, 1) == (parent, False)
+    assert checkpoint.starting_point(str(parent), None, own, 0) == (parent, False)
+    assert checkpoint.starting_point(str(parent), None, own, 1) == (newest, True), "a requeue must not start again"
+    with pytest.raises(InputError, match=r"gone\.pth: no such file"):
+        checkpoint.starting_point(str(tmp_path / "gone.pth"), None, own, 0)
+
+
+class Payload:
+    """What a hostile pickle does when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"evil": Payload()}, tmp_path / "evil.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text(json.dumps({"a": 1}))
+    checkpoint.write(tmp_path / "other.pth", {**payload(new_state()), "kind": "moco"})
+    for name, message in (
+        ("evil.pth", "not a readable weights file"),
+        ("plain.pth", "not a checkpoint of this project"),
+        ("list.pth", "holds a list"),
+        ("text.pth", "not a readable weights file"),
+        ("other.pth", "a moco checkpoint, not a toy; train it"),
+        ("no.pth", "no such file"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            checkpoint.load(tmp_path / name, "toy", "train it")

@@ -1,0 +1,86 @@
+"""Data order and randomness are functions of (seed, epoch, index), nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from utils import dist, loader
+from utils.errors import InputError
+
+Item = tuple[int, float, float, float]
+
+
+class Draws(Dataset[Item]):
+    """Items that draw from every generator an augmentation may use."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, index: int) -> Item:
+        return index, random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def one_epoch(workers: int, epoch: int, seed: int = 7) -> list[Item]:
+    batches = loader.GlobalBatches(23, 4, seed)
+    batches.set_epoch(epoch)
+    made = loader.make(loader.Seeded(Draws(), seed), batches, workers=workers, device=torch.device("cpu"), collate=list)
+    return [item for batch in made for item in batch]
+
+
+def test_items_do_not_depend_on_the_number_of_workers() -> None:
+    alone = one_epoch(0, epoch=3)
+    assert alone == one_epoch(2, epoch=3)
+    assert len({item[1] for item in alone}) == len({item[3] for item in alone}) == 20
+
+
+def test_epochs_differ_in_order_and_in_each_item_s_numbers() -> None:
+    first, second = one_epoch(0, epoch=0), one_epoch(0, epoch=1)
+    assert [item[0] for item in first] != [item[0] for item in second]
+    assert not {item[1] for item in first} & {item[1] for item in second}
+
+
+def test_an_item_leaves_the_caller_s_generators_alone() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    loader.Seeded(Draws(), 7)[0, 5]
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_the_same_global_batches(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [sorted(index for _, index in batch) for batch in loader.GlobalBatches(23, 4, 7)]
+    monkeypatch.setattr(dist, "size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        shares.append(list(loader.GlobalBatches(23, 4, 7)))
+    together = [sorted(index for share in batch for _, index in share) for batch in zip(*shares, strict=True)]
+    assert together == whole
+    assert len(whole) == 5 and len({index for batch in whole for index in batch}) == 20
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_evaluation_deals_whole_batches_and_no_image_twice(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "size", lambda: ranks)
+    dealt = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        dealt += list(loader.WholeBatches(11, 2))
+    assert sorted(dealt) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
+
+
+def test_batches_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="batch_size=8 is more than the 5 training images"):
+        loader.GlobalBatches(5, 8, 0)
+    monkeypatch.setattr(dist, "size", lambda: 3)
+    with pytest.raises(InputError, match="batch_size=4 does not divide by 3 ranks"):
+        loader.GlobalBatches(50, 4, 0)
