@@ -11,22 +11,29 @@ from utils.files import write_text
 
 
 class MetricsWriter:
-    """Appends records to a JSON-lines file, from which what a resumed run will write again is dropped first."""
+    """Appends records to a JSON-lines file. Its first write drops what a resumed run will write again.
+
+    Made on every rank, written to by rank 0 only: nothing touches the file before the first write.
+    """
 
     def __init__(self, path: Path, resumed_at_step: int) -> None:
-        """Keep records up to and including `resumed_at_step`; a torn last line goes too."""
-        self.path = path
-        kept = [record for record in read(path) if record["step"] <= resumed_at_step] if path.exists() else []
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        """Records up to and including `resumed_at_step` are kept; a torn last line is not."""
+        self.path, self.resumed_at_step, self.started = path, resumed_at_step, False
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
         """Append one record: `kind`, counters and plain values."""
+        if not self.started:
+            kept = [record for record in read(self.path) if record["step"] <= self.resumed_at_step]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            self.started = True
         with open(self.path, "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line without its newline was torn by a kill and is left out."""
+    """The records of a metrics file, none if there is no file; a last line torn by a kill is left out."""
+    if not path.exists():
+        return
     with open(path) as file:
         for line in file:
             if line.endswith("\n"):
