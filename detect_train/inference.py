@@ -1,0 +1,60 @@
+"""Detections of a data set, the same array for any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from detect_train.data import Example, collate
+from utils import dist, loader, log
+from utils.device import autocast
+
+LOG_EVERY = 100  # batches
+
+
+@torch.no_grad()  # not inference_mode: the anchors that torchvision caches here are used in training again
+def predict(
+    model: nn.Module,
+    dataset: Dataset[Example],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    precision: str,
+) -> np.ndarray:
+    """Run a torchvision detector over `dataset`, its images split over the ranks, each seen once.
+
+    Args:
+        model: in whatever mode; evaluates in eval mode and is put back.
+        dataset: `dataset[i]` is ((3, H, W) image, target with `image_id`); ids are unique.
+        batch_size: images in one forward pass of one rank. Part of the result, as images are padded to the
+            largest of their batch; the number of ranks is not. (On the CPU the number of threads is, in the
+            last digits.)
+        precision: `float32` or `bf16`.
+
+    Returns: (n, 7) float64 on every rank: image_id, x1, y1, x2, y2 (pixels of the original image), score,
+        label; by image id, and within an image in the model's order.
+    """
+    batches = loader.WholeBatches(len(dataset), batch_size)  # type: ignore[arg-type]
+    ids: list[int] = []
+    rows = [torch.zeros((0, 7), dtype=torch.float64, device=device)]
+    was_training = model.training
+    model.eval()
+    data = loader.make(dataset, batches, workers=workers, device=device, collate=collate)
+    for done, (images, targets) in enumerate(data, start=1):
+        with autocast(device, precision):
+            outputs = model([image.to(device, non_blocking=True) for image in images])
+        for target, output in zip(targets, outputs, strict=True):
+            ids.append(int(target["image_id"]))
+            scores_labels = torch.stack([output["scores"], output["labels"]], dim=1)
+            found = torch.cat([output["boxes"], scores_labels], dim=1).double()
+            rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
+        if done % LOG_EVERY == 0:
+            log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
+    model.train(was_training)
+    seen = dist.gather_rows(torch.tensor(ids, dtype=torch.int64, device=device))
+    assert len(seen) == len(seen.unique()) == len(dataset), (len(seen), len(dataset))  # type: ignore[arg-type]
+    table = dist.gather_rows(torch.cat(rows)).cpu().numpy()
+    return table[np.argsort(table[:, 0], kind="stable")]

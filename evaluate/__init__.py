@@ -1,0 +1,1 @@
+"""COCO evaluation of a detection checkpoint, and its reports."""

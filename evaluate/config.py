@@ -1,0 +1,52 @@
+"""What an evaluation can be told; the values are in configs/eval.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils import config
+
+DEFAULT = Path(__file__).parent / "configs" / "eval.yaml"
+FLAGS = {
+    "--checkpoint-path": "checkpoint",
+    "--dataset-root": "data.labeled",
+    "--dataset-split": "data.split",
+    "--batch-size": "batch_size",
+    "--workers": "workers",
+    "--run-dir": "run_dir",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    labeled: str  # squashfs archive or folder of the labelled set
+    split: str  # folder in it: training or validation
+    on_error: Literal["error", "skip"]  # unusable images and labels: list them and end, or leave them out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run_dir: str  # where the report goes
+    checkpoint: str  # a detector's checkpoint; classes, architecture and image sizes come from it
+    data: Data
+    batch_size: int  # images in one forward pass of one rank
+    workers: int  # loader processes of each rank; 0: none
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.batch_size < 1:
+            found.append(f"batch_size={self.batch_size}: at least 1")
+        if self.workers < 0:
+            found.append(f"workers={self.workers}: 0 or more")
+        return found
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The configuration of a command line. Raises: InputError listing every problem."""
+    line = config.parser("evaluate.run", FLAGS, DEFAULT, "Evaluate a detection checkpoint by COCO's rules.")
+    return config.parse(Config, line, argv)

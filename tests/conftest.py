@@ -1,0 +1,56 @@
+"""What several tests need: real Slurm clusters, shared real data, and the reason for a skip."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, available
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_slurm = available()
+    for item in items:
+        if no_slurm and item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason=f"needs Slurm: {no_slurm}"))
+        if not SHARED_DATA.is_dir() and item.get_closest_marker("realdata"):
+            item.add_marker(pytest.mark.skip(reason=f"needs the shared real data in {SHARED_DATA}"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real archives; for tests marked `realdata`."""
+    return SHARED_DATA
+
+
+def _cluster(accounting: bool = True, min_job_age: int = 3600) -> Iterator[Cluster]:
+    # Not pytest's tmp_path: its names can be too long for a socket, and it keeps what it holds.
+    cluster = Cluster.start(tempfile.mkdtemp(prefix="relay-slurm-"), accounting, min_job_age)
+    atexit.register(cluster.stop)  # also when pytest does not get to its finalizers
+    yield cluster
+    cluster.stop()
+    atexit.unregister(cluster.stop)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Slurm with accounting that forgets no job; for tests marked `slurm`."""
+    yield from _cluster()
+
+
+@pytest.fixture(scope="session")
+def cluster_without_accounting() -> Iterator[Cluster]:
+    """A Slurm whose sacct fails."""
+    yield from _cluster(accounting=False)
+
+
+@pytest.fixture(scope="session")
+def forgetful_cluster() -> Iterator[Cluster]:
+    """A Slurm with accounting whose slurmctld forgets a finished job after seconds."""
+    yield from _cluster(min_job_age=10)

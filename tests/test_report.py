@@ -1,0 +1,91 @@
+"""Reports: what is written is read back number for number; what is not whole is no result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluate import report
+from tests.ranks import run
+from utils.coco import METRICS
+from utils.errors import InputError
+
+TABLE = "\n".join(f" Average Precision  (AP) @[ line {n} ] = 0.123" for n in range(12))
+
+
+def make_result(**changes: Any) -> dict[str, Any]:
+    numbers = [1 / 3, 2 / 7, 0.1 + 0.2, -1.0, 1e-17, 0.0, 1.0, 0.42, 0.428, 0.031, 0.2, 0.5]
+    return {
+        "job": "4711",
+        "date": "2030-01-02 03:04:05",
+        "checkpoint": "runs/a b/best.pth",
+        "epoch": 36,
+        "images": 20000,
+        "classes": ["zebra", "cup or mug", "a,b\nc\u2028"],
+        "versions": {"torch": "2.11.0"},
+        "stats": dict(zip(METRICS, numbers, strict=True)),
+        "per_class": {"zebra": 1 / 7, "cup or mug": -1.0, "a,b\nc\u2028": 0.5},
+    } | changes
+
+
+def test_a_report_reads_back_to_the_same_numbers() -> None:
+    result = make_result()
+    text = report.render(result, TABLE)
+    assert report.parse(text, "x") == result
+    assert f"\n{TABLE}\n" in text
+    assert "# checkpoint: runs/a b/best.pth\n" in text
+    assert "# versions: torch 2.11.0\n" in text
+    lines = text.splitlines()
+    assert lines[-1] == report.END
+    assert lines.index(" cup or mug  n/a") < lines.index(" zebra       0.143")
+
+
+def test_every_cut_of_a_report_is_no_result() -> None:
+    text = report.render(make_result(), TABLE)
+    whole = len(text.rstrip("\n"))
+    for length in range(whole):
+        assert report.parse(text[:length], "x") is None
+    assert report.parse(text[:whole], "x") == make_result()
+
+
+def test_table_of_reports(tmp_path: Path) -> None:
+    (tmp_path / "eval_1.out").write_text(report.render(make_result(), TABLE))
+    (tmp_path / "eval_2.out").write_text(report.render(make_result(job="2"), TABLE)[:-30])
+    (tmp_path / "eval_33.out").write_text(report.render(make_result(job="33", epoch=7, images=12), TABLE))
+    lines = report.summary(sorted(tmp_path.glob("*.out"))).splitlines()
+    assert lines[0].split() == ["file", "job", "epoch", "images", *METRICS]
+    first, torn, last = (line.removeprefix(str(tmp_path)).split() for line in lines[1:])
+    assert first[1:4] == ["4711", "36", "20000"]
+    assert " ".join(first[4:]) == "0.333 0.286 0.300 n/a 0.000 0.000 1.000 0.420 0.428 0.031 0.200 0.500"
+    assert torn == ["/eval_2.out", "no", "result"]
+    assert last[1:4] == ["33", "7", "12"]
+    column = lines[0].index(" AP50")
+    assert [line[column : column + 6].strip() for line in (lines[1], lines[3])] == ["0.286", "0.286"]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    good = tmp_path / "eval_1.out"
+    good.write_text(report.render(make_result(), TABLE))
+    program = (sys.executable, "-m", "evaluate.report")
+    assert run([*program, good]).stdout == report.summary([good]) + "\n"
+    other = tmp_path / "eval_2.out"
+    other.write_bytes(b"Loading \xff modules\n")
+    for bad, reason in ((other, "not an evaluation report"), (tmp_path / "none.out", "No such file")):
+        answer = run([*program, good, bad])
+        assert (answer.returncode, answer.stdout) == (2, "")
+        assert answer.stderr.startswith(f"ERROR 2: {bad}: {reason}")
+    assert run(program).returncode == 2
+
+
+def test_reading_reports_needs_no_torch() -> None:
+    code = "import evaluate.report, evaluate.config, sys; print([m for m in sys.modules if 'torch' in m])"
+    answer = run([sys.executable, "-c", code])
+    assert answer.stdout == "[]\n", answer.stderr
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.out: No such file"):
+        report.summary([tmp_path / "nothing.out"])
