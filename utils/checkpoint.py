@@ -64,10 +64,14 @@ def payload(
 def restore(state: Any, saved: Mapping[str, Any], *, same_round: bool) -> None:
     """Put a checkpoint's weights, optimizer state and counters into the engine's TrainState.
 
+    The optimizer keeps this run's hyperparameters (momentum, weight decay, ...): the stored ones are the saving run's.
     In a new round (`same_round=False`) the counters go on, and the round starts at the step they show.
     """
     state.model.load_state_dict(saved["model"])
+    own = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved["optimizer"])
+    for group, settings in zip(state.optimizer.param_groups, own, strict=True):
+        group.update(settings)
     state.epoch, state.step, state.best = saved["epochs_done"], saved["step"], saved["best"]
     state.summary = dict(saved["summary"])
     state.start_step = saved["start_step"] if same_round else saved["step"]

@@ -50,7 +50,7 @@ def parse(schema: type[T], command_line: argparse.ArgumentParser, argv: Sequence
 
 def load(schema: type[T], file: Path, overrides: Sequence[str] = ()) -> T:
     """`schema` filled from `file` (and its `base:` chain) and then from `key=value` overrides."""
-    return build(schema, [*_file_layers(file), ("command line", dict(map(split_override, overrides)))])
+    return build(schema, [*file_layers(file), ("command line", dict(map(split_override, overrides)))])
 
 
 def split_override(word: str) -> tuple[str, Any]:
@@ -69,7 +69,7 @@ def build(schema: type[T], layers: Sequence[Layer]) -> T:
     for origin, layer in layers:
         for key, value in layer.items():
             if key not in known:
-                problems.append(f"{origin}: {_unknown(key, list(known))}")
+                problems.append(f"{origin}: {unknown(key, list(known))}")
                 continue
             try:
                 values[key] = _convert(value, known[key])
@@ -109,7 +109,7 @@ def leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", hint
 
 
-def _file_layers(file: Path) -> Iterator[Layer]:
+def file_layers(file: Path) -> Iterator[Layer]:
     """The dotted layers of `file`, its base first. A mapping is always a section: no key holds one."""
     content = typed_yaml.read(file)
     if content is None:
@@ -117,14 +117,15 @@ def _file_layers(file: Path) -> Iterator[Layer]:
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected keys and values, got {type(content).__name__}")
     if base := content.pop("base", None):
-        yield from _file_layers(file.parent / str(base))
-    yield str(file), dict(_dotted(content, ""))
+        yield from file_layers(file.parent / str(base))
+    yield str(file), dict(dotted(content))
 
 
-def _dotted(mapping: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def dotted(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys with their values."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -151,7 +152,8 @@ def _assemble(schema: Any, values: Mapping[str, Any], prefix: str) -> Any:
     return schema(**given)
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def unknown(key: str, known: list[str]) -> str:
+    """What to tell about a key that is not among `known`: the nearest ones, and those of its section."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]

@@ -82,6 +82,13 @@ def mean(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def broadcast(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values on every rank, in place."""
+    if size() > 1:
+        dist.broadcast(values, src=0)
+    return values
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """(n_r, ...) of every rank -> (sum n_r, ...) in rank order, on every rank."""
     if size() == 1:

@@ -58,6 +58,9 @@ class LogMetrics(Hook):
     def after_epoch(self, state: TrainState) -> None:
         if self.pending:
             self._flush(state, state.epoch - 1)
+        # The losses are of the weights before the last step.
+        if not torch.stack([value.isfinite().all() for value in state.model.state_dict().values()]).all():
+            raise DivergedError(f"weights are not finite after step {state.step}; lower optim.lr")
         averages = {
             f"{name}_avg": statistics.fmean(row[name] for row in self.epoch_rows) for name in self.epoch_rows[0]
         }

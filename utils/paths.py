@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "state.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by rank 0 while the stage runs."""
+        return self.path / ".lock"
+
+    @property
     def backbone(self) -> Path:
         """The exported query encoder of a pretraining stage."""
         return self.path / "backbone.pth"
@@ -91,7 +96,13 @@ class ChainDir:
         return self.path / "jobs.json"
 
     @property
+    def submitted(self) -> Path:
+        """Scripts, pickled calls and output of the jobs the launcher submitted."""
+        return self.path / "submitted"
+
+    @property
     def lock(self) -> Path:
+        """Held by a launcher while it submits or runs stages."""
         return self.path / ".lock"
 
 

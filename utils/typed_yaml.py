@@ -62,7 +62,8 @@ def parse(text: str | bytes, name: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=TypedLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # PyYAML's constructors raise the others for values that do not fit their tag
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise InputError(f"{where}: bad YAML: {getattr(error, 'problem', None) or error}") from None

@@ -1,0 +1,1 @@
+"""MoCo-v2 pretraining of a ResNet on unlabelled images."""

@@ -1,0 +1,115 @@
+"""What pretraining can be told; the values are in configs/*.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils import config
+
+DEFAULT = Path(__file__).parent / "configs" / "mocov2_r50.yaml"
+FLAGS = {
+    "--run-dir": "run_dir",
+    "--dataset-root": "data.unlabeled",
+    "--resume": "resume",
+    "--lr": "optim.lr",
+    "--batch-size": "batch_size",
+    "--epochs": "epochs",
+    "--workers": "workers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    unlabeled: str  # squashfs archive or folder of PNG and JPEG images, at any depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    dim: int  # length of a query or key
+    queue: int  # keys to contrast with, K; at least a batch, or its keys overwrite each other
+    momentum: float  # of the key encoder, m
+    temperature: float  # of the softmax, T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    image_size: int  # side of a crop, pixels
+    crop_scale: tuple[float, ...]  # least and greatest share of the image's area in a crop
+    jitter: tuple[float, ...]  # strength of brightness, contrast, saturation and hue
+    jitter_p: float  # the share of crops that is jittered; so for the two below
+    grayscale_p: float
+    blur_p: float
+    blur_sigma: tuple[float, ...]  # least and greatest, pixels
+
+    def problems(self) -> list[str]:
+        scale, jitter, sigma = self.crop_scale, self.jitter, self.blur_sigma
+        shares = {"jitter_p": self.jitter_p, "grayscale_p": self.grayscale_p, "blur_p": self.blur_p}
+        rules = [
+            (self.image_size >= 32, f"image_size={self.image_size}: at least 32"),
+            (
+                len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+                f"crop_scale={list(scale)}: two numbers, 0 < least <= greatest <= 1",
+            ),
+            (
+                len(jitter) == 4 and min(jitter) >= 0 and max(jitter) <= 1 and jitter[3] <= 0.5,
+                f"jitter={list(jitter)}: four numbers from 0 to 1, the last (hue) at most 0.5",
+            ),
+            (
+                len(sigma) == 2 and 0 <= sigma[0] <= sigma[1],
+                f"blur_sigma={list(sigma)}: two numbers, 0 <= least <= greatest",
+            ),
+            *((0 <= share <= 1, f"{name}={share}: from 0 to 1") for name, share in shares.items()),
+        ]
+        return [f"augment.{message}" for holds, message in rules if not holds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float  # at the start of the cosine, for the global batch
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run_dir: str  # where config, metrics, checkpoints and backbone.pth go
+    data: Data
+    model: Model
+    augment: Augment
+    optim: Optim
+    batch_size: int  # images in one step of all ranks together
+    epochs: int  # in all, those of a resumed run included
+    seed: int
+    workers: int  # loader processes of each rank; 0: none
+    log_every: int  # steps between two lines of metrics
+    resume: str  # auto: this run's newest checkpoint; never; or a checkpoint's path
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+
+    def problems(self) -> list[str]:
+        model, optim, batch = self.model, self.optim, self.batch_size
+        rules = [
+            (batch >= 1, f"batch_size={batch}: at least 1"),
+            (self.epochs >= 1, f"epochs={self.epochs}: at least 1"),
+            (self.seed >= 0, f"seed={self.seed}: 0 or more"),
+            (self.workers >= 0, f"workers={self.workers}: 0 or more"),
+            (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
+            (model.dim >= 1, f"model.dim={model.dim}: at least 1"),
+            (model.queue >= batch, f"model.queue={model.queue}: at least batch_size={batch}"),
+            (0 <= model.momentum < 1, f"model.momentum={model.momentum}: from 0 to below 1"),
+            (model.temperature > 0, f"model.temperature={model.temperature}: above 0"),
+            (optim.lr > 0, f"optim.lr={optim.lr}: above 0"),
+            (0 <= optim.momentum < 1, f"optim.momentum={optim.momentum}: from 0 to below 1"),
+            (optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: 0 or more"),
+        ]
+        return [message for holds, message in rules if not holds] + self.augment.problems()
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The configuration of a command line. Raises: InputError listing every problem."""
+    line = config.parser("ssl_train.train", FLAGS, DEFAULT, "Pretrain a ResNet with MoCo-v2, without labels.")
+    return config.parse(Config, line, argv)

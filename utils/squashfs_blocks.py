@@ -1,0 +1,128 @@
+"""A squashfs 4.0 file as checked, decompressed blocks: what lies below inodes and directories."""
+
+from __future__ import annotations
+
+import os
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import NoReturn
+
+from utils.errors import InputError
+from utils.squashfs_codecs import decompressor
+
+MAGIC = 0x73717368
+SUPERBLOCK = struct.Struct("<5I6H8Q")
+METADATA_BLOCK = 8192
+UNCOMPRESSED = 1 << 24  # flag in a data block's size
+
+
+class Blocks:
+    """An open archive file. Nothing in it is trusted: every position and size is checked.
+
+    Raises: InputError if the file is missing, is not squashfs 4.0, is cut short, or is compressed with
+    something this machine cannot decompress; the methods raise it, with the file's name, for damage.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+        self.metadata = lru_cache(1024)(self._read_metadata)
+        self.fragment = lru_cache(8)(self._read_fragment)
+        try:
+            self._read_superblock()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def fail(self, what: str) -> NoReturn:
+        raise InputError(f"{self.path}: damaged squashfs archive: {what}; copy or build it again")
+
+    def data(self, position: int, size: int) -> bytes:
+        """The data block at `position`; `size` is its stored size with the UNCOMPRESSED flag."""
+        stored = size & (UNCOMPRESSED - 1)
+        if stored > self.block_size:
+            self.fail(f"a block of {stored} bytes at byte {position}")
+        data = self._read(position, stored)
+        return data if size & UNCOMPRESSED else self._unpack(position, data, self.block_size)
+
+    def _read_superblock(self) -> None:
+        data = os.pread(self._descriptor, SUPERBLOCK.size, 0)
+        if len(data) < SUPERBLOCK.size or int.from_bytes(data[:4], "little") != MAGIC:
+            raise InputError(f"{self.path}: not a squashfs archive; give one made by mksquashfs or a folder")
+        (_, _, _, self.block_size, self._fragments, method, block_log, _, _, *version, self.root, self.size,
+         _, _, self.inodes, self.directories, self._fragment_table, _) = SUPERBLOCK.unpack(data)  # fmt: skip
+        actual = os.fstat(self._descriptor).st_size
+        if version != [4, 0]:
+            raise InputError(f"{self.path}: squashfs version {version}, only 4.0 can be read; repack it")
+        if actual < self.size:
+            raise InputError(f"{self.path}: cut short: {actual} bytes of {self.size}; copy it again")
+        if not 12 <= block_log <= 20 or self.block_size != 1 << block_log:
+            self.fail(f"block size {self.block_size}")
+        if not self.inodes < self.directories < self.size:
+            self.fail("its tables lie outside the file")
+        try:
+            self._decompress = decompressor(method)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
+
+    def _read(self, position: int, size: int) -> bytes:
+        if position + size > self.size:
+            self.fail(f"it points to byte {position + size} of {self.size}")
+        data = os.pread(self._descriptor, size, position)
+        if len(data) != size:
+            self.fail(f"it ended while byte {position} was read")
+        return data
+
+    def _unpack(self, position: int, data: bytes, limit: int) -> bytes:
+        try:
+            return self._decompress(data, limit)
+        except ValueError as error:
+            self.fail(f"the block at byte {position}: {error}")
+
+    def _read_metadata(self, position: int) -> tuple[bytes, int]:
+        """One metadata block and the position of the next."""
+        header = int.from_bytes(self._read(position, 2), "little")
+        size = header & 0x7FFF
+        data = self._read(position + 2, size)
+        if not header & 0x8000:
+            data = self._unpack(position, data, METADATA_BLOCK)
+        if not 0 < len(data) <= METADATA_BLOCK:
+            self.fail(f"the metadata block at byte {position} has {len(data)} bytes")
+        return data, position + 2 + size
+
+    def _read_fragment(self, index: int) -> bytes:
+        """The block that holds the ends of several files."""
+        if index >= self._fragments:
+            self.fail(f"fragment {index} of {self._fragments}")
+        table = int.from_bytes(self._read(self._fragment_table + index // 512 * 8, 8), "little")
+        position, size, _ = struct.unpack("<QII", Cursor(self, table, index % 512 * 16).read(16))
+        return self.data(position, size)
+
+
+class Cursor:
+    """Reads on through metadata, from one block of at most 8 KiB into the next, at `following`."""
+
+    __slots__ = ("_blocks", "_data", "_offset", "following")
+
+    def __init__(self, blocks: Blocks, position: int, offset: int) -> None:
+        self._blocks, self._offset = blocks, offset
+        self._data, self.following = blocks.metadata(position)
+        if offset > len(self._data):
+            blocks.fail("an offset points behind its metadata block")
+
+    def read(self, size: int) -> bytes:
+        end = self._offset + size
+        while end > len(self._data):
+            more, self.following = self._blocks.metadata(self.following)
+            self._data = self._data[self._offset :] + more
+            self._offset, end = 0, size
+        piece = self._data[self._offset : end]
+        self._offset = end
+        return piece
