@@ -1,0 +1,131 @@
+"""What a fine-tuning round can be told; the values are in configs/*.yaml, a file a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils import config
+
+DEFAULT = Path(__file__).parent / "configs" / "r1.yaml"
+FLAGS = {
+    "--run-dir": "run_dir",
+    "--dataset-root": "data.labeled",
+    "--bp": "backbone",
+    "--resume": "resume",
+    "--lr": "optim.lr",
+    "--batch-size": "batch_size",
+    "--epochs": "epochs",
+    "--workers": "workers",
+}
+LEVELS = 5  # of the feature pyramid that propose boxes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    labeled: str  # squashfs archive or folder of the labelled set
+    classes: str | None = (
+        None  # text file, a name a line; else the set's classes.txt, else its training labels
+    )
+    on_error: Literal["error", "skip"]  # unusable images and labels: list them and end, or leave them out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Arguments of `model.build`, which are also what a checkpoint says about its architecture."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    trainable_layers: int  # 0 to 5 of layer4, layer3, layer2, layer1, conv1; the others keep their weights
+    norm: Literal[
+        "frozen", "sync", "train"
+    ]  # BatchNorm statistics: as loaded, over all ranks, over each rank
+    min_size: tuple[
+        int, ...
+    ]  # shorter side after resizing, pixels; training draws one, evaluation has the last
+    max_size: int  # bound of the longer side, pixels
+    anchor_sizes: tuple[int, ...]  # side of a square anchor, pixels after resizing, one per pyramid level
+    proposals_train: int  # proposals kept per image, of each level before and of all together after NMS
+    proposals_test: int
+    box_batch_size: int  # proposals per image in the box loss, at most a quarter with an object
+    score_threshold: float  # detections below are dropped
+    detections_per_image: int
+
+    def problems(self) -> list[str]:
+        counts = ("proposals_train", "proposals_test", "box_batch_size", "detections_per_image")
+        sizes = self.min_size
+        rules = [
+            (0 <= self.trainable_layers <= LEVELS, f"trainable_layers={self.trainable_layers}: from 0 to 5"),
+            (
+                self.norm == "frozen" or self.trainable_layers == 5,
+                f"norm={self.norm} needs trainable_layers=5, not {self.trainable_layers}: statistics of"
+                " layers that keep their weights would drift; or norm=frozen",
+            ),
+            (
+                bool(sizes) and 32 <= min(sizes) <= max(sizes) <= self.max_size,
+                f"min_size={list(sizes)}, max_size={self.max_size}: one or more of 32 up to max_size",
+            ),
+            (
+                len(self.anchor_sizes) == LEVELS and min(self.anchor_sizes) > 0,
+                f"anchor_sizes={list(self.anchor_sizes)}: one above 0 for each of the {LEVELS} levels",
+            ),
+            (0 <= self.score_threshold < 1, f"score_threshold={self.score_threshold}: from 0 to below 1"),
+            *((getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least 1") for name in counts),
+        ]
+        return [f"model.{message}" for holds, message in rules if not holds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float  # constant through the round, for the global batch
+    momentum: float
+    weight_decay: float
+    warmup_steps: int  # steps at the start of the round in which the rate rises to lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run_dir: str  # where config, metrics, label indexes and checkpoints go
+    data: Data
+    backbone: str | None = None  # ResNet weights to start from; see backbone.py for the formats
+    init: str | None = None  # last checkpoint of the round before: weights, optimizer and epoch count go on
+    best: str | None = None  # best checkpoint so far; it stays the best until an epoch here beats it
+    model: Model
+    optim: Optim
+    batch_size: int  # images in one step of all ranks together
+    epochs: int  # in all, those of the rounds before included
+    seed: int
+    workers: int  # loader processes of each rank; 0: none
+    log_every: int  # steps between two lines of metrics
+    resume: str  # auto: this run's newest checkpoint; never; or a detector checkpoint's path
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+
+    def problems(self) -> list[str]:
+        model, optim = self.model, self.optim
+        has_weights = self.backbone or self.init or self.resume not in ("auto", "never")
+        rules = [
+            (self.batch_size >= 1, f"batch_size={self.batch_size}: at least 1"),
+            (self.epochs >= 1, f"epochs={self.epochs}: at least 1"),
+            (self.seed >= 0, f"seed={self.seed}: 0 or more"),
+            (self.workers >= 0, f"workers={self.workers}: 0 or more"),
+            (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
+            (optim.lr > 0, f"optim.lr={optim.lr}: above 0"),
+            (0 <= optim.momentum < 1, f"optim.momentum={optim.momentum}: from 0 to below 1"),
+            (optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: 0 or more"),
+            (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps}: 0 or more"),
+            (
+                has_weights or (model.norm != "frozen" and model.trainable_layers == 5),
+                f"model.norm={model.norm}, model.trainable_layers={model.trainable_layers}: would keep random"
+                " weights; give backbone or init, or set model.norm=train model.trainable_layers=5",
+            ),
+            (not self.best or bool(self.init), "best: needs init, the checkpoint to go on from"),
+        ]
+        return [message for holds, message in rules if not holds] + model.problems()
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The configuration of a command line. Raises: InputError listing every problem."""
+    line = config.parser("detect_train.train", FLAGS, DEFAULT, "Train Faster R-CNN-FPN for one round.")
+    return config.parse(Config, line, argv)

@@ -1,0 +1,144 @@
+"""Train a detector for one round: from a backbone, or from where the round before ended.
+
+    # one process; one node of 2 GPUs; under Slurm, a task per GPU
+    python -m detect_train.train --run-dir runs/mine/r1 --dataset-root labeled.sqsh --bp backbone.pth
+    torchrun --nproc-per-node=2 -m detect_train.train --run-dir ... --dataset-root ... --bp ...
+    srun python -m detect_train.train --run-dir ... --dataset-root ... --bp ...
+
+A round is a configuration: `--config detect_train/configs/r2.yaml init=LAST best=BEST` goes on from r1's last
+checkpoint at a tenth of its learning rate, with its optimizer state and its count of epochs. Epochs and batch
+size are totals: of all rounds, and of all ranks. `--help` lists the short flags; any other key of the
+configuration is given as `model.norm=sync`. The same command again goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detect_train import rounds
+from detect_train.config import Config, parse
+from detect_train.data import DetectionImages, Target, collate
+from detect_train.validation import Validate
+from utils import checkpoint, config, dist, engine, env, files, hooks, labels, loader, optim, paths, squashfs
+from utils.device import resolve_precision
+from utils.engine import LossFn, Scalars, TrainState
+from utils.errors import InputError, cli
+from utils.labels import LabelIndex
+from utils.metrics import MetricsWriter
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train one round. Returns outputs `last` and `best`, metrics of the last epoch, and the epochs done."""
+    cfg = parse(argv)
+    run_dir = paths.RunDir(Path(cfg.run_dir))
+    with dist.session(cfg.device, run_dir) as device:
+        directory = run_dir.checkpoints
+        path, same_round = checkpoint.starting_point(cfg.resume, cfg.init, directory, env.restarts())
+        saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
+        if dist.rank() == 0:
+            files.write_text(run_dir.config, config.to_yaml(cfg))
+        if saved and same_round and saved["epochs_done"] >= cfg.epochs:
+            epochs, best, summary = saved["epochs_done"], saved["best"], saved["summary"]
+        else:
+            state = train(cfg, run_dir, device, saved, same_round)
+            epochs, best, summary = state.epoch, state.best, state.summary
+        last = checkpoint.newest(directory)
+    return {
+        "outputs": {"last": last, "best": directory / checkpoint.BEST},
+        "metrics": {**summary, "best_AP": best},
+        "epochs": epochs,
+    }
+
+
+def train(
+    cfg: Config,
+    run_dir: paths.RunDir,
+    device: torch.device,
+    saved: Mapping[str, Any] | None,
+    same_round: bool,
+) -> TrainState:
+    """Train to the round's last epoch from `saved`, or from a backbone; a checkpoint after each epoch."""
+    if cfg.model.norm == "sync" and device.type == "cpu" and dist.size() > 1:
+        raise InputError("model.norm=sync: on the CPU only with one rank; set model.norm=frozen or train")
+    precision = resolve_precision(cfg.precision, device)
+    training, validation = read_labels(cfg, run_dir)
+    batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
+    identity: dict[str, Any] = {
+        "architecture": {"num_classes": 1 + len(training.classes), **asdict(cfg.model)},
+        "classes": list(training.classes),
+    }
+    state = rounds.start(cfg, identity, saved, same_round, device)
+    if not same_round:
+        rounds.open_directory(cfg, identity, state, run_dir.checkpoints)
+
+    def payload(state: TrainState) -> dict[str, Any]:
+        return checkpoint.payload(
+            "detector", state=state, config=config.to_dict(cfg), world_size=dist.size(), **identity
+        )
+
+    images = loader.Seeded(DetectionImages(training, flip=True), cfg.seed)
+    writer = MetricsWriter(run_dir.metrics, state.step)
+    shared: dict[str, Any] = {"workers": cfg.workers, "device": device}
+    engine.fit(
+        state,
+        loader.make(images, batches, collate=collate, **shared),
+        detection_loss(parallel(state.model, device), device),
+        [
+            hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
+            Validate(validation, writer, batch_size=cfg.batch_size, precision=precision, **shared),
+            hooks.SaveCheckpoints(run_dir.checkpoints, payload),
+        ],
+        epochs=cfg.epochs,
+        schedule=optim.constant(cfg.optim.lr, cfg.optim.warmup_steps, state.start_step),
+        seed=cfg.seed,
+        device=device,
+        precision=precision,
+    )
+    return state
+
+
+def read_labels(cfg: Config, run_dir: paths.RunDir) -> list[LabelIndex]:
+    """The training and the validation split, both checked before anything is trained."""
+    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
+    classes = labels.read_classes(Path(cfg.data.classes)) if cfg.data.classes else None
+    caches = {split: run_dir.label_index(split) for split in ("training", "validation")}
+    indexes = labels.load_splits(root, caches, classes=classes, on_error=cfg.data.on_error)
+    for index in indexes:
+        if not len(index.labels):
+            raise InputError(f"{root}: no box in the {index.split} split")
+    return indexes
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with gradients averaged over ranks.
+
+    BatchNorm's running averages, which training never reads, stay each rank's own until validation.
+    """
+    if dist.size() == 1:
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def detection_loss(detector: nn.Module, device: torch.device) -> LossFn:
+    """The detector's four losses of a batch."""
+
+    def loss_fn(batch: tuple[list[torch.Tensor], list[Target]]) -> tuple[Scalars, Scalars]:
+        images, targets = batch
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{name: target[name].to(device) for name in ("boxes", "labels")} for target in targets]
+        losses = detector(images, targets)
+        return {name: loss.float() for name, loss in losses.items()}, {}
+
+    return loss_fn
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,64 @@
+"""Validation after each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from detect_train.data import DetectionImages
+from detect_train.inference import predict
+from utils import coco, dist
+from utils.engine import TrainState
+from utils.hooks import Hook
+from utils.labels import LabelIndex
+from utils.metrics import MetricsWriter
+
+
+class Validate(Hook):
+    """Writes COCO's numbers of the validation split and says whether this epoch's AP is the best so far.
+
+    Stands between LogMetrics, whose losses it prints, and SaveCheckpoints, which keeps the best.
+    """
+
+    def __init__(
+        self,
+        index: LabelIndex,
+        writer: MetricsWriter,
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.index, self.writer, self.device = index, writer, device
+        self.how: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "device": device,
+            "precision": precision,
+        }
+        self.images = DetectionImages(index, flip=False)
+
+    def after_epoch(self, state: TrainState) -> None:
+        # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer)
+        detections = predict(state.model, self.images, **self.how)
+        numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=self.device)
+        if dist.rank() == 0:
+            numbers.copy_(torch.tensor(list(coco.evaluate(self.index, detections).stats.values())))
+        stats = dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True))
+        state.is_best = state.best is None or stats["AP"] > state.best
+        if state.is_best:
+            state.best = stats["AP"]
+        state.summary |= stats
+        if dist.rank() == 0:
+            epoch = state.epoch - 1
+            self.writer.write("val", epoch=epoch, step=state.step, best=state.is_best, **stats)
+            print(
+                f"Epoch Stats [{epoch}] - Loss Avg: {state.summary['loss_avg']:.6f}, "
+                f"Loss Median: {state.summary['loss_median']:.6f}, "
+                f"Validation AP: {stats['AP']:.6f}, Is Best: {state.is_best}",
+                flush=True,
+            )
