@@ -1,0 +1,147 @@
+"""Run a chain: on Slurm where there is sbatch, else here. What is done is skipped.
+
+    python jobs/launch.py --chain                                   # all stages
+    python jobs/launch.py --chain --file jobs/demo.yaml             # another chain file
+    python jobs/launch.py --from r2 r2.optim.lr=0.001               # train r2 and what depends on it again
+    python jobs/launch.py --only eval data.split=training           # one stage again
+    python jobs/launch.py --chain --name mine --dry-run             # show, change nothing
+    python jobs/launch.py --status --name mine                      # or --cancel
+
+A word key=value goes to every selected stage that knows the key, r1.key=value to r1 alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: the checkout belongs on the path, jobs/ does not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs import local, preflight, scheduler, stages, status, submit
+from jobs.plan import Resources, Step, make, select
+from jobs.stages import Chain
+from jobs.worker import CHAIN_FILE
+from utils import files
+from utils.errors import InputError, cli
+from utils.paths import ROOT
+
+
+def launch(chain: Chain, arguments: argparse.Namespace) -> None:
+    """Check everything, then run or queue the selected stages. Raises: InputError listing every problem."""
+    os.chdir(ROOT)  # as the stages will: relative paths in a configuration start there
+    selected = select(chain, arguments.only, arguments.start)
+    again = bool(arguments.only or arguments.start)
+    cluster = arguments.cluster or ("slurm" if shutil.which("sbatch") else "local")
+    print(f"chain {chain.name}: {', '.join(selected)} on cluster {cluster}", flush=True)
+    asked: dict[str, Resources] = {}
+    if cluster == "slurm":
+        scheduler.prepare_environment(submit.options(arguments.sbatch, "--sbatch"))
+        asked = {stage: submit.resources(chain, stage, arguments.sbatch) for stage in selected}
+    elif arguments.sbatch:
+        raise InputError(f"--sbatch: the cluster is {cluster}, not slurm")
+    if cluster != "local" and arguments.ranks > 1:
+        raise InputError("--ranks is for --cluster local; on Slurm use --sbatch=--ntasks-per-node=N")
+    steps, problems = make(chain, selected, arguments.words, again)
+    starting = [step for step in steps if step.action != "skip"]
+    for step in starting:
+        ranks = submit.ranks(asked[step.stage]) if asked else arguments.ranks
+        problems += [f"{step.stage}: {text}" for text in preflight.problems(chain, step, ranks)]
+    if asked:
+        problems += submit.refusals(chain, {step.stage: asked[step.stage] for step in starting})
+    if problems:
+        raise InputError("\n  ".join(["nothing was started:", *problems]))
+    if arguments.dry_run:
+        show(chain, steps, asked, arguments.ranks)
+        return
+    with _locked(chain):
+        steps, _ = make(chain, selected, arguments.words, again)  # another launcher may have been at work
+        live = scheduler.live(chain)
+        blocked = {"again"} if asked else {"again", "run"}
+        names = [step.stage for step in steps if step.stage in live and step.action in blocked]
+        if names:
+            listed = ", ".join(f"{name} (job {live[name]})" for name in names)
+            raise InputError(f"queued or running: {listed}; wait, or --cancel first")
+        if asked:
+            print(status.columns(submit.submit(chain, steps, asked, live)))
+        else:
+            local.run(chain, steps, arguments.ranks, debug=cluster == "debug")
+            print(local.results(chain))
+
+
+def show(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], ranks: int) -> None:
+    """Print what would be run, after what."""
+    started = {step.stage for step in steps if step.action != "skip"}
+    for step in steps:
+        words = {"skip": "done already, skipped", "run": "run", "again": "set aside, run again"}
+        print(f"\n# {step.stage}: {words[step.action]}")
+        if step.action == "skip":
+            continue
+        if not asked:
+            print(shlex.join(local.command(chain, step, ranks)))
+            continue
+        after = [f"<{parent}>" for parent in step.needs if parent in started]
+        print(submit.script(submit.executor(chain, step.stage, asked[step.stage], after)))
+        print(f"# it runs: python -m jobs.worker {shlex.join(chain.worker_words(step.stage, step.words))}")
+
+
+@contextlib.contextmanager
+def _locked(chain: Chain) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(chain.dir.lock, blocking=False))
+        except BlockingIOError:
+            raise InputError(f"another launcher is at work on {chain.name} ({chain.dir.lock})") from None
+        yield
+
+
+def cancel(chain: Chain) -> None:
+    """Cancel the chain's jobs that are queued or running."""
+    live = scheduler.live(chain)
+    if live:
+        scheduler.cancel(list(live.values()))
+    listed = ", ".join(f"{stage} (job {job})" for stage, job in live.items())
+    print(f"cancelled: {listed or 'nothing was queued or running'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="jobs/launch.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--chain", action="store_true", help="run all stages that are not done")
+    add("--from", dest="start", metavar="STAGE", help="run this stage and what depends on it, again if done")
+    add("--only", "--stage", metavar="STAGE", help="run this stage, again if done")
+    add("--status", action="store_true", help="show how far the chain is")
+    add("--cancel", action="store_true", help="cancel the chain's jobs")
+    add("--dry-run", action="store_true", help="print scripts and dependencies, change nothing")
+    add("--cluster", choices=("slurm", "local", "debug"), help="debug: everything inside this process")
+    add("--name", help="chain name: runs/NAME/ (default: the chain file's)")
+    add("--file", type=Path, default=CHAIN_FILE, help="chain file (default: jobs/chain.yaml)")
+    add("--ranks", type=int, default=1, help="local: processes of a stage (default: %(default)s)")
+    add("--sbatch", action="append", default=[], metavar="OPTION",
+        help="--sbatch=--mem=8G: an sbatch option over every stage's header; may be repeated")  # fmt: skip
+    add("words", nargs="*", metavar="key=value", help="configuration, see above")
+    arguments = parser.parse_intermixed_args(argv)
+    chain = stages.load(arguments.file, arguments.name)
+    if arguments.status:
+        print(status.table(chain))
+    elif arguments.cancel:
+        cancel(chain)
+    elif arguments.chain or arguments.start or arguments.only:
+        launch(chain, arguments)
+    else:
+        raise InputError("say what to do: --chain, --from STAGE, --only STAGE, --status or --cancel")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,132 @@
+"""How far a stage is: its marker `state.json`, written by the worker, read by everybody."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.overrides import MACHINE_KEYS
+from jobs.stages import Chain
+from utils import env, files
+from utils.errors import InputError, exit_code, one_line
+
+PATIENCE = 120  # seconds; a network file system may show a new file late
+
+
+def read(chain: Chain, stage: str) -> dict[str, Any]:
+    """The stage's marker. `status` is todo, running, failed, done or stale.
+
+    stale: made from something that its parent, trained again or not done any more, does not have.
+    """
+    try:
+        record = json.loads(chain.run_dir(stage).state.read_text())
+    except FileNotFoundError:
+        return {"status": "todo", "inputs": {}}
+    for source in record["inputs"].values():
+        if source["from"]:
+            parent, _, output = source["from"].partition(".")
+            now = read(chain, parent)
+            if now["status"] != "done" or now["outputs"].get(output, {}).get("sha256") != source["sha256"]:
+                return {**record, "status": "stale"}
+    return record
+
+
+def is_done(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> bool:
+    """Whether the stage is done with this configuration. Raises: InputError if it is with another one."""
+    record = read(chain, stage)
+    if record["status"] != "done":
+        return False
+    ignored = {*MACHINE_KEYS, *chain.stages[stage].inputs}
+    changed = [
+        f"{key} (was {old}, now {resolved[key]})"
+        for key, old in record["config"].items()
+        if key in resolved and key not in ignored and old != resolved[key]
+    ]
+    for key, source in record["inputs"].items():
+        if resolved[key] not in (source["from"], source["path"]):
+            changed.append(f"{key} (was {source['from'] or source['path']}, now {resolved[key]})")
+    if changed:
+        raise InputError(
+            f"{stage} of chain {chain.name} is done with another configuration: {', '.join(changed)}; "
+            f"use --from {stage} to train it again or --name for another chain"
+        )
+    return True
+
+
+def running(
+    chain: Chain, stage: str, config: Mapping[str, Any], log: Path, inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Mark the stage as running in this process's job, from `inputs` (default: the attempt before's)."""
+    before = read(chain, stage)
+    record = {
+        "chain": chain.name,
+        "stage": stage,
+        "status": "running",
+        "job_id": env.job_id(),
+        "slurm": env.in_slurm(),  # else job_id is the id of a process on host
+        "host": socket.gethostname(),
+        "step": env.step_id(),
+        "restarts": env.restarts(),
+        "cause": None,
+        "log": str(log),
+        "started": now(),
+        "ended": None,
+        "config": dict(config),
+        "inputs": before["inputs"] if inputs is None else inputs,
+        "outputs": {},
+    }
+    files.write_json(chain.run_dir(stage).state, record)
+
+
+def wait_until_running(chain: Chain, stage: str) -> None:
+    """Wait until rank 0 has marked the stage, so that it does not do so after another rank has failed.
+
+    Not for ever: without it only the cause of such a failure would be lost.
+    """
+    end = time.monotonic() + PATIENCE
+    while not _is_ours(read(chain, stage)) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    """Whether a marker is of this process's attempt."""
+    attempt = env.job_id(), env.step_id(), env.restarts()
+    return (record.get("job_id"), record.get("step"), record.get("restarts")) == attempt
+
+
+def update(chain: Chain, stage: str, **values: Any) -> None:
+    """Change entries of the stage's marker."""
+    file = chain.run_dir(stage).state
+    files.write_json(file, {**json.loads(file.read_text()), **values})
+
+
+def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:
+    """Mark the stage as done, with what its program returned. Raises: OSError for a missing output."""
+    outputs = {name: fingerprint(Path(path)) for name, path in result["outputs"].items()}
+    rest = {"epochs": result["epochs"], "metrics": result["metrics"], "ended": now()}
+    update(chain, stage, status="done", outputs=outputs, **rest)
+
+
+def failed(chain: Chain, stage: str, error: BaseException, log: Path) -> None:
+    """Mark this job's attempt at the stage as failed.
+
+    The first rank that fails writes its cause; the others fail because they lost it.
+    """
+    record = read(chain, stage)
+    if record["status"] == "running" and _is_ours(record):
+        values = {"cause": one_line(error), "exit_code": exit_code(error), "log": str(log), "ended": now()}
+        update(chain, stage, status="failed", **values)
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": files.sha256(path)}
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Stages that finish at once, to test how stages are run: see chain.yaml."""

@@ -1,0 +1,62 @@
+"""Targets mean what the label files say, mirrored together with their image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detect_train.data import DetectionImages, mirror
+from tests.labeled_set import COLOURS, write_example, write_set
+from utils import images, labels
+from utils.labels import LabelIndex
+from utils.loader import Seeded
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> LabelIndex:
+    write_set(tmp_path)
+    return labels.load(tmp_path, "training", classes=None, on_error="error", cache=tmp_path / "cache.npz")
+
+
+def test_targets_count_from_1_and_carry_the_ids(index: LabelIndex) -> None:
+    dataset = DetectionImages(index, flip=False)
+    image, target = dataset[3]
+    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 48, 64))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(images.load(index.path(3))))
+    assert target["image_id"] == 4 and target["labels"].tolist() == [1, 2]
+    assert target["boxes"].dtype == torch.float32 and target["boxes"].tolist() == index.target(3)[0].tolist()
+    assert target["labels"].dtype == torch.int64
+
+
+def test_an_image_without_boxes(index: LabelIndex) -> None:
+    for flip in (False, True):
+        _, target = DetectionImages(index, flip=flip)[0]
+        assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+
+
+def test_mirror_by_hand() -> None:
+    image = torch.arange(6).reshape(1, 2, 3)
+    flipped, target = mirror(image, {"boxes": torch.tensor([[0.0, 0, 1, 2], [0.5, 1, 3, 2]]), "image_id": 9})
+    assert flipped.tolist() == [[[2, 1, 0], [5, 4, 3]]]
+    assert target["boxes"].tolist() == [[2, 0, 3, 2], [0, 1, 2.5, 2]]
+    assert target["image_id"] == 9
+
+
+def test_boxes_stay_on_their_objects_when_mirrored(tmp_path: Path) -> None:
+    write_example(tmp_path / "training", 1, [[4, 6, 20, 30], [40, 10, 60, 44]], ["cat", "dog"])
+    index = labels.load(tmp_path, "training", classes=None, on_error="error", cache=tmp_path / "cache.npz")
+    flipping = Seeded(DetectionImages(index, flip=True), 0)
+    lefts = set()
+    for epoch in range(20):
+        image, target = flipping[(epoch, 0)]
+        lefts.add(target["boxes"][0, 0].item())
+        for box, name in zip(target["boxes"].int().tolist(), ("cat", "dog"), strict=True):
+            inside = image[:, box[1] + 2 : box[3] - 2, box[0] + 2 : box[2] - 2].float().mean(dim=(1, 2))
+            assert torch.allclose(inside, torch.tensor(COLOURS[name]).float(), atol=12)
+        again, _ = flipping[(epoch, 0)]
+        assert torch.equal(again, image)
+    assert lefts == {4, 44}
+    assert DetectionImages(index, flip=False)[0][1]["boxes"][0, 0] == 4

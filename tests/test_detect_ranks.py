@@ -1,0 +1,74 @@
+"""Two ranks of one round: a common batch, common weights, one validation.
+
+This file is the program of the ranks, too: what each ended with is saved and compared in the test.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.labeled_set import write_set
+from tests.ranks import torchrun
+from tests.test_detect_train import fine_tune, records
+from utils import checkpoint, engine
+
+
+def one_rank(folder: Path) -> None:
+    ended: list[engine.TrainState] = []
+    fit = engine.fit
+
+    def observed(state: engine.TrainState, *arguments: Any, **options: Any) -> None:
+        fit(state, *arguments, **options)
+        ended.append(state)
+
+    engine.fit = observed
+    result = fine_tune(folder / "run", folder / "data", 1)
+    report = {"model": ended[0].model.state_dict(), "metrics": result["metrics"], "step": ended[0].step}
+    torch.save(report, folder / f"rank{os.environ['RANK']}.pth")
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_set(folder / "data")
+    done = torchrun(2, "-m", "tests.test_detect_ranks", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Epoch Stats [0]") == 1
+    return folder, [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+
+
+def test_the_ranks_end_with_the_same_weights_and_statistics(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, (first, second) = ranks
+    saved = checkpoint.read(folder / "run" / "checkpoints" / "checkpoint_0000.pth")
+    assert saved["world_size"] == 2
+    for name, value in first["model"].items():
+        assert torch.equal(second["model"][name], value), name
+        assert torch.equal(saved["model"][name], value), name
+
+
+def test_the_batch_is_the_global_one_and_the_numbers_are_common(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, (first, second) = ranks
+    assert first["step"] == second["step"] == 2  # 8 images in batches of 4, whatever the ranks
+    assert first["metrics"] == second["metrics"]
+    assert len(records(folder / "run", "train")) == 2 and len(records(folder / "run", "val")) == 1
+    assert 0 < first["metrics"]["loss_avg"] < 10
+
+
+def test_statistics_over_ranks_need_gpus(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "data")
+    words = ["--run-dir", tmp_path / "run", "--dataset-root", data, "device=cpu", "model.norm=sync"]
+    done = torchrun(2, "-m", "detect_train.train", *words)
+    assert done.returncode != 0
+    assert "ERROR 2: model.norm=sync: on the CPU only with one rank" in done.stderr

@@ -1,0 +1,231 @@
+"""The launcher on this machine: order, what is skipped or done again, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import submit
+from tests.checkout import STAGES, Checkout
+from utils.errors import InputError
+from utils.paths import ROOT
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.slurm"))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_the_launcher_does_not_import_torch() -> None:
+    modules = "jobs.launch, ssl_train.config, detect_train.config, evaluate.config"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_chain_runs_in_order_and_the_second_time_not_at_all(here: Checkout) -> None:
+    first = here.local("--chain")
+    assert first.returncode == 0, first.stdout
+    assert here.made("eval") == "pretrain:0.015 r1:0.03 r2:0.003 r3:0.0003 eval:0.03"
+    assert f"eval report: {here.root}/runs/standin/eval/report.txt" in first.stdout
+    assert first.stdout.endswith(" Average Precision  (AP) @[ all ] = 0.500\n")
+    markers = {stage: here.state(stage) for stage in STAGES}
+    second = here.local("--chain", "workers=2")
+    assert second.returncode == 0
+    assert [f"{stage}: done already, skipped" in second.stdout for stage in STAGES] == [True] * 5
+    assert {stage: here.state(stage) for stage in STAGES} == markers
+
+
+def test_from_does_a_stage_and_what_depends_on_it_again_and_deletes_nothing(here: Checkout) -> None:
+    here.local("--chain")
+    before = here.state("r1")
+    again = here.local("--from", "r2", "r2.optim.lr=0.5")
+    assert again.returncode == 0, again.stdout
+    assert here.made("eval") == "pretrain:0.015 r1:0.03 r2:0.5 r3:0.0003 eval:0.03"
+    assert (here.root / "runs/standin/eval.1/last.txt").read_text().split()[2] == "r2:0.003"
+    assert here.state("r1") == before
+    assert not (here.root / "runs/standin/r1.1").exists()
+
+
+def test_what_failed_half_way_does_not_go_on_from_an_older_parent(here: Checkout) -> None:
+    here.local("--chain", "r2.fail=error")
+    assert here.local("--from", "r1", "r1.optim.lr=0.5").returncode == 0
+    assert here.made("r2") == "pretrain:0.015 r1:0.5 r2:0.003"
+    assert (here.root / "runs/standin/r2.1/state.json").exists()
+
+
+def test_what_was_made_from_an_older_stage_is_done_again(here: Checkout) -> None:
+    here.local("--chain")
+    assert here.local("--only", "r1", "optim.lr=0.5").returncode == 0
+    table = here.table()
+    assert [table[stage].split()[1] for stage in STAGES] == ["DONE", "DONE", "STALE", "STALE", "STALE"]
+    refused = here.local("--only", "eval")
+    assert (refused.returncode, "eval: needs r3, which is stale" in refused.stdout) == (2, True)
+    assert here.local("--chain", "r1.optim.lr=0.5").returncode == 0
+    assert here.made("eval") == "pretrain:0.015 r1:0.5 r2:0.003 r3:0.0003 eval:0.03"
+
+
+def test_a_failure_stops_the_chain_and_the_next_launch_starts_there(here: Checkout) -> None:
+    failed = here.local("--chain", "r1.fail=error")
+    assert failed.returncode == 1
+    log = here.state("r1")["log"]
+    assert failed.stdout.endswith(f"ERROR 1: r1 failed: RuntimeError: the disk is on fire (log: {log})\n")
+    assert not (here.root / "runs/standin/r2").exists()
+    line = here.table()["r1"]
+    assert line.split()[1] == "FAILED"
+    assert line.endswith(f"RuntimeError: the disk is on fire  {Path(log).relative_to(here.root)}")
+    pretrain = here.state("pretrain")
+    assert here.local("--chain").returncode == 0
+    assert here.state("pretrain") == pretrain
+    assert here.state("eval")["status"] == "done"
+
+
+def test_a_stage_that_is_killed_is_marked_by_the_launcher(here: Checkout) -> None:
+    killed = here.local("--chain", "r1.fail=kill")
+    assert (killed.returncode, "r1 failed: killed by signal 9" in killed.stdout) == (1, True)
+    assert (here.state("r1")["status"], here.state("r1")["cause"]) == ("failed", "killed by signal 9")
+
+
+def test_status_sees_that_a_running_process_is_gone(here: Checkout) -> None:
+    assert here.worker("pretrain", "fail=kill").returncode == -9
+    assert here.state("pretrain")["status"] == "running"
+    assert here.table()["pretrain"].split()[1:3] == ["FAILED", "(gone)"]
+
+
+def test_another_configuration_is_refused_not_ignored(here: Checkout) -> None:
+    here.local("--chain")
+    refused = here.local("--chain", "r2.optim.lr=0.5")
+    assert refused.returncode == 2
+    assert (
+        "r2 of chain standin is done with another configuration: optim.lr (was 0.003, now 0.5)"
+        in refused.stdout
+    )
+    assert here.local("--chain", "r2.optim.lr=0.5", "--name", "other").returncode == 0
+
+
+def test_a_dry_run_shows_the_commands_and_changes_nothing(here: Checkout) -> None:
+    here.local("--only", "pretrain")
+    before = here.files()
+    shown = here.local("--chain", "--dry-run", "--ranks", "2", "r1.optim.lr=0.5")
+    assert shown.returncode == 0
+    assert "# pretrain: done already, skipped" in shown.stdout
+    worker = f"-m jobs.worker r1 --file {here.root}/tests/standin/chain.yaml --name standin optim.lr=0.5\n"
+    assert f"-m torch.distributed.run --standalone --nproc-per-node=2 {worker}" in shown.stdout
+    assert here.files() == before
+
+
+def test_every_problem_is_told_before_anything_starts(here: Checkout) -> None:
+    (here.root / "cut.sqsh").write_bytes(b"hsqs")
+    (here.root / "mine_0001.pth").touch()
+    words = [
+        "data.labeled=cut.sqsh",
+        "pretrain.data.labeled=none",
+        "r1.backbone=mine_0002.pth",
+        "r3.epochs=0",
+    ]
+    refused = here.local("--chain", "--ranks", "3", *words)
+    assert refused.returncode == 2
+    for problem in (
+        "  pretrain: batch_size=128 cannot be split over 3 ranks",
+        "  pretrain: data.labeled: none: cannot be opened",
+        "  r1: data.labeled: cut.sqsh: not a squashfs archive",
+        "  r1: backbone=mine_0002.pth: no such file; there are mine_0001.pth",
+        "  r3: epochs=0: at least 1",
+    ):
+        assert problem in refused.stdout
+    assert here.files() == set()
+
+
+def test_two_ranks_here_are_torchrun(here: Checkout) -> None:
+    done = here.local("--only", "pretrain", "--ranks", "2", "ranks=meet")
+    assert done.returncode == 0, done.stdout
+    assert '"size": 2' in (here.root / "runs/standin/pretrain/ranks.json").read_text()
+
+
+def test_the_launcher_may_be_called_from_anywhere(here: Checkout, tmp_path: Path) -> None:
+    (here.root / "data").mkdir()
+    words = ["--file", here.root / "tests/standin/chain.yaml", "--cluster", "local", "data.labeled=data"]
+    command = [sys.executable, here.root / "jobs/launch.py", "--only", "pretrain", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=here.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert here.state("pretrain")["status"] == "done"
+
+
+def test_debug_runs_the_stages_in_the_launcher(here: Checkout) -> None:
+    done = here.launch("--chain", "--cluster", "debug")
+    assert done.returncode == 0, done.stdout
+    assert len({here.state(stage)["job_id"] for stage in STAGES}) == 1
+
+
+def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
+    words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml", "--cluster", "local"]
+    with here.start(*words, "--chain", "pretrain.wait_for=go") as first:
+        while not (here.root / "runs/standin/pretrain/state.json").exists():
+            assert first.poll() is None
+        second = here.local("--chain")
+        assert (second.returncode, "another launcher is at work on standin" in second.stdout) == (2, True)
+        assert here.local("--only", "pretrain", "--name", "other").returncode == 0
+        (here.root / "go").touch()
+        first.communicate()
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--from", "r9"], ["--chain", "--sbatch=--mem=1G"], ["--cancel", "--chian"]]
+)
+def test_a_command_line_that_cannot_be_meant_is_refused(here: Checkout, words: list[str]) -> None:
+    assert here.local(*words).returncode == 2
+    assert here.files() == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_shipped_script_is_bash_and_its_header_is_read_whole(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    options = submit.header(script)
+    written = [f"#SBATCH --{key}" + ("" if value is True else f"={value}") for key, value in options.items()]
+    assert written == lines
+    assert options["output"] == "runs/%x_%j.out"
+    if script.stem != "chain":
+        assert options["job-name"] == script.stem
+        assert (options["requeue"], options["open-mode"], options["kill-on-invalid-dep"]) == (
+            True,
+            "append",
+            "yes",
+        )
+        assert options["ntasks-per-node"] == options["gpus-per-node"]  # one task a GPU
+
+
+@pytest.mark.parametrize("name", ["common.sh", "site.sh"])
+def test_the_shared_scripts_are_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / "slurm" / name], check=True)
+
+
+def test_sbatch_options_as_users_write_them() -> None:
+    words = ["--mem", "4G", "--exclusive", "--gres=gpu:v100:2", "--constraint=a&b"]
+    expected = {"mem": "4G", "exclusive": True, "gres": "gpu:v100:2", "constraint": "a&b"}
+    assert submit.options(words, "here") == expected
+    for bad in (["-c", "4"], ["4G"], ["--mem=1", "2"]):
+        with pytest.raises(InputError, match="write the long form"):
+            submit.options(bad, "here")
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("90", 90),
+        ("1:30", 2),
+        ("24:00:00", 1440),
+        ("0:00:01", 1),
+        ("2-0", 2880),
+        ("1-2:30", 1590),
+        ("1-0:0:30", 1441),
+    ],
+)
+def test_time_limits(limit: str, minutes: int) -> None:
+    assert submit.minutes(limit) == minutes
