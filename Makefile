@@ -15,7 +15,7 @@ test: install-dev check
 
 check: install-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy jobs ssl_train detect_train evaluate utils tests setup.py
+	$(BIN)/mypy jobs ssl_train detect_train evaluate utils tests
 	$(BIN)/lint-imports
 
 cluster-up: install-dev

@@ -30,9 +30,7 @@ class Account:
     missing: tuple[str, ...]  # in the backbone, not in the file
     unexpected: tuple[str, ...]  # in the file, unknown to the backbone
     misshapen: tuple[str, ...]  # in both, of different shapes
-    dropped: tuple[
-        str, ...
-    ]  # in the file, of no use here: classifier, counters, MoCo's key encoder and queue
+    dropped: tuple[str, ...]  # in the file, of no use here: classifier, counters, MoCo's key encoder and queue
 
     def __str__(self) -> str:
         return ", ".join(f"{len(names)} {kind}" for kind, names in vars(self).items())
@@ -63,12 +61,8 @@ def load_backbone(model: FasterRCNN, path: Path) -> Account:
         raise InputError(f"backbone {path} does not fit the model ({account}): {names}; check model.backbone")
     body.load_state_dict({**own, **{name: given[name] for name in fits}})
     now = body.state_dict()
-    if wrong_now := [
-        name for name in common if not torch.equal(now[name].cpu(), given[name].to(now[name].dtype))
-    ]:
-        raise InputError(
-            f"backbone {path}: {', '.join(wrong_now[:5])}: not equal after loading; NaN in the file?"
-        )
+    if wrong_now := [name for name in common if not torch.equal(now[name].cpu(), given[name].to(now[name].dtype))]:
+        raise InputError(f"backbone {path}: {', '.join(wrong_now[:5])}: not equal after loading; NaN in the file?")
     log.info(f"backbone {path}: {account}")
     return account
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import config
+from utils.config import DeviceName, OnError, Precision, ResNet
 
 DEFAULT = Path(__file__).parent / "configs" / "r1.yaml"
 FLAGS = {
@@ -26,24 +27,18 @@ LEVELS = 5  # of the feature pyramid that propose boxes
 @dataclass(frozen=True, kw_only=True)
 class Data:
     labeled: str  # squashfs archive or folder of the labelled set
-    classes: str | None = (
-        None  # text file, a name a line; else the set's classes.txt, else its training labels
-    )
-    on_error: Literal["error", "skip"]  # unusable images and labels: list them and end, or leave them out
+    classes: str | None = None  # text file, a name a line; else the set's classes.txt, else its training labels
+    on_error: OnError  # unusable images and labels: list them and end, or leave them out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Arguments of `model.build`, which are also what a checkpoint says about its architecture."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    backbone: ResNet
     trainable_layers: int  # 0 to 5 of layer4, layer3, layer2, layer1, conv1; the others keep their weights
-    norm: Literal[
-        "frozen", "sync", "train"
-    ]  # BatchNorm statistics: as loaded, over all ranks, over each rank
-    min_size: tuple[
-        int, ...
-    ]  # shorter side after resizing, pixels; training draws one, evaluation has the last
+    norm: Literal["frozen", "sync", "train"]  # BatchNorm statistics: as loaded, over all ranks, over each rank
+    min_size: tuple[int, ...]  # shorter side after resizing, pixels; training draws one, evaluation has the last
     max_size: int  # bound of the longer side, pixels
     anchor_sizes: tuple[int, ...]  # side of a square anchor, pixels after resizing, one per pyramid level
     proposals_train: int  # proposals kept per image, of each level before and of all together after NMS
@@ -99,8 +94,8 @@ class Config:
     workers: int  # loader processes of each rank; 0: none
     log_every: int  # steps between two lines of metrics
     resume: str  # auto: this run's newest checkpoint; never; or a detector checkpoint's path
-    device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+    device: DeviceName
+    precision: Precision  # auto: bf16 where the hardware computes in it
 
     def problems(self) -> list[str]:
         model, optim = self.model, self.optim

@@ -12,7 +12,7 @@ import torch
 from detect_train.backbone import load_backbone
 from detect_train.config import Config
 from detect_train.model import build
-from utils import checkpoint, dist, log, optim, paths
+from utils import checkpoint, dist, log, optim
 from utils.engine import TrainState
 from utils.errors import InputError
 
@@ -51,22 +51,13 @@ def start(
         check_same(identity, saved)
         checkpoint.restore(state, saved, same_round=same_round)
         if state.epoch >= cfg.epochs:
-            raise InputError(
-                f"epochs={cfg.epochs}: the {state.epoch} of the rounds before count too; give more"
-            )
-        log.info(
-            f"{'going on' if same_round else 'a new round'} after {state.epoch} epochs, {state.step} steps"
-        )
+            raise InputError(f"epochs={cfg.epochs}: the {state.epoch} of the rounds before count too; give more")
+        log.info(f"{'going on' if same_round else 'a new round'} after {state.epoch} epochs, {state.step} steps")
     return state
 
 
-def open_directory(cfg: Config, identity: Identity, state: TrainState, directory: Path) -> None:
-    """Prepare a new round's directory: nothing of another run in it, and the best checkpoint so far if given.
-
-    Without that the best is this round's own.
-    """
-    if dist.rank() == 0 and checkpoint.newest(directory):
-        log.info(f"another run's checkpoints are now in {paths.set_aside(directory)}")
+def adopt_best(cfg: Config, identity: Identity, state: TrainState, directory: Path) -> None:
+    """Begin a new round with the best checkpoint so far, if given; without it the best is this round's own."""
     state.best = None
     if cfg.best:
         best = checkpoint.load(Path(cfg.best), "detector", REMEDY)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detect_train import rounds
 from detect_train.config import Config, parse
@@ -75,8 +74,10 @@ def train(
         "classes": list(training.classes),
     }
     state = rounds.start(cfg, identity, saved, same_round, device)
+    if dist.rank() == 0:
+        checkpoint.make_room(run_dir.checkpoints, state.epoch if same_round else 0)
     if not same_round:
-        rounds.open_directory(cfg, identity, state, run_dir.checkpoints)
+        rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
 
     def payload(state: TrainState) -> dict[str, Any]:
         return checkpoint.payload(
@@ -89,7 +90,7 @@ def train(
     engine.fit(
         state,
         loader.make(images, batches, collate=collate, **shared),
-        detection_loss(parallel(state.model, device), device),
+        detection_loss(dist.parallel(state.model, device), device),
         [
             hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
             Validate(validation, writer, batch_size=cfg.batch_size, precision=precision, **shared),
@@ -114,17 +115,6 @@ def read_labels(cfg: Config, run_dir: paths.RunDir) -> list[LabelIndex]:
         if not len(index.labels):
             raise InputError(f"{root}: no box in the {index.split} split")
     return indexes
-
-
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over ranks.
-
-    BatchNorm's running averages, which training never reads, stay each rank's own until validation.
-    """
-    if dist.size() == 1:
-        return model
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def detection_loss(detector: nn.Module, device: torch.device) -> LossFn:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from utils import config
+from utils.config import DeviceName, OnError, Precision
 
 DEFAULT = Path(__file__).parent / "configs" / "eval.yaml"
 FLAGS = {
@@ -24,7 +24,7 @@ FLAGS = {
 class Data:
     labeled: str  # squashfs archive or folder of the labelled set
     split: str  # folder in it: training or validation
-    on_error: Literal["error", "skip"]  # unusable images and labels: list them and end, or leave them out
+    on_error: OnError  # unusable images and labels: list them and end, or leave them out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Config:
     data: Data
     batch_size: int  # images in one forward pass of one rank
     workers: int  # loader processes of each rank; 0: none
-    device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+    device: DeviceName
+    precision: Precision  # auto: bf16 where the hardware computes in it
 
     def problems(self) -> list[str]:
         found = []

@@ -96,9 +96,7 @@ def load_detector(path: Path) -> dict[str, Any]:
         saved = checkpoint.load(path, "detector", "give a checkpoint of detect_train")
     except InputError:
         if is_backbone(checkpoint.read(path)):
-            raise InputError(
-                f"{path} is a backbone only: train a detector on it first (detect_train)"
-            ) from None
+            raise InputError(f"{path} is a backbone only: train a detector on it first (detect_train)") from None
         raise
     # torchvision drops boxes with NaN scores: such weights would be reported as AP 0
     if bad := [name for name, value in saved["model"].items() if not torch.isfinite(value).all()]:

@@ -38,9 +38,7 @@ def select(chain: Chain, only: str | None, start: str | None) -> list[str]:
     return [stage for stage in chain.stages if stage in chosen]
 
 
-def make(
-    chain: Chain, selected: Sequence[str], words: Sequence[str], again: bool
-) -> tuple[list[Step], list[str]]:
+def make(chain: Chain, selected: Sequence[str], words: Sequence[str], again: bool) -> tuple[list[Step], list[str]]:
     """The steps for the selected stages, parents first, and every problem of their configurations.
 
     A stage that is done is skipped, unless `again`, or something it was made from is made anew.

@@ -87,9 +87,7 @@ def job_name(chain: Chain, stage: str) -> str:
     return f"{chain.name}-{stage}"
 
 
-def find(
-    chain: Chain, records: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, str], dict[str, Job], list[str]]:
+def find(chain: Chain, records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, Job], list[str]]:
     """(stage -> id of its newest job, stage -> what Slurm knows of it, calls that failed).
 
     The newest job is the launcher's last one, or that of a plain sbatch which began since.

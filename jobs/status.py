@@ -37,9 +37,7 @@ def table(chain: Chain) -> str:
         restarts = str(record.get("restarts", ""))
         where = [job_id or record.get("job_id", ""), node]
         log = record.get("log", "")
-        rows.append(
-            [stage, words[stage], *where, epoch, newest, _elapsed(record, job), restarts, cause, _short(log)]
-        )
+        rows.append([stage, words[stage], *where, epoch, newest, _elapsed(record, job), restarts, cause, _short(log)])
     return "\n".join([f"chain {chain.name}  {chain.dir.path}", columns(rows), *notes])
 
 
@@ -86,9 +84,7 @@ def _progress(chain: Chain, stage: str, record: Mapping[str, Any]) -> tuple[str,
 def _elapsed(record: Mapping[str, Any], job: Job | None) -> str:
     if "started" not in record:
         return job.elapsed if job and job.state != "PENDING" else ""
-    started, ended = (
-        datetime.datetime.fromisoformat(record[key] or state.now()) for key in ("started", "ended")
-    )
+    started, ended = (datetime.datetime.fromisoformat(record[key] or state.now()) for key in ("started", "ended"))
     return str(ended - started)
 
 

@@ -115,9 +115,7 @@ def _inputs(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> dict[str, 
             found[key] = {"from": source, **_checked(f"{source}", record["outputs"][output]["path"])}
             if found[key]["sha256"] != record["outputs"][output]["sha256"]:
                 path = found[key]["path"]
-                raise InputError(
-                    f"{path} is not the file that {parent} left (its sha256 differs); run {parent} again"
-                )
+                raise InputError(f"{path} is not the file that {parent} left (its sha256 differs); run {parent} again")
         elif parent in needed:
             raise InputError(f"parent {parent} is {_describe(record)}")
     return found

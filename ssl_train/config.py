@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from utils import config
+from utils.config import DeviceName, Precision, ResNet
 
 DEFAULT = Path(__file__).parent / "configs" / "mocov2_r50.yaml"
 FLAGS = {
@@ -28,7 +28,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    arch: ResNet
     dim: int  # length of a query or key
     queue: int  # keys to contrast with, K; at least a batch, or its keys overwrite each other
     momentum: float  # of the key encoder, m
@@ -87,8 +87,8 @@ class Config:
     workers: int  # loader processes of each rank; 0: none
     log_every: int  # steps between two lines of metrics
     resume: str  # auto: this run's newest checkpoint; never; or a checkpoint's path
-    device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the hardware computes in it
+    device: DeviceName
+    precision: Precision  # auto: bf16 where the hardware computes in it
 
     def problems(self) -> list[str]:
         model, optim, batch = self.model, self.optim, self.batch_size

@@ -1,10 +1,10 @@
 """Export the pretrained query encoder as the state dict of a torchvision ResNet without `fc`.
 
-    python -m ssl_train.export CHECKPOINT OUT.pth
+python -m ssl_train.export CHECKPOINT OUT.pth
 
-    resnet = torchvision.models.resnet50()
-    resnet.fc = torch.nn.Identity()
-    resnet.load_state_dict(torch.load("OUT.pth", weights_only=True))
+resnet = torchvision.models.resnet50()
+resnet.fc = torch.nn.Identity()
+resnet.load_state_dict(torch.load("OUT.pth", weights_only=True))
 """
 
 from __future__ import annotations

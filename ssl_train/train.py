@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ssl_train.config import Config, parse
@@ -65,6 +64,8 @@ def start(cfg: Config, run_dir: paths.RunDir, device: torch.device) -> tuple[Tra
         if saved["architecture"] != asdict(cfg.model):
             raise InputError(f"{path}: its model is {saved['architecture']}, this run's {asdict(cfg.model)}")
         checkpoint.restore(state, saved, same_round=same_round)
+    if dist.rank() == 0:
+        checkpoint.make_room(run_dir.checkpoints, state.epoch if same_round else 0)
     return state, path
 
 
@@ -84,7 +85,7 @@ def fit(state: TrainState, cfg: Config, run_dir: paths.RunDir, device: torch.dev
     engine.fit(
         state,
         make_loader(cfg, run_dir, device),
-        contrastive_loss(parallel(state.model, device), device),
+        contrastive_loss(dist.parallel(state.model, device), device),
         [
             hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
             hooks.SaveCheckpoints(run_dir.checkpoints, payload),
@@ -103,18 +104,6 @@ def make_loader(cfg: Config, run_dir: paths.RunDir, device: torch.device) -> Dat
     images = UnlabeledImages(root, random_view(**asdict(cfg.augment)))
     batches = loader.GlobalBatches(len(images), cfg.batch_size, cfg.seed)
     return loader.make(loader.Seeded(images, cfg.seed), batches, workers=cfg.workers, device=device)
-
-
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over ranks.
-
-    Buffers are not broadcast: the queue, 32 MB in the reference recipe, is the same everywhere already, and
-    BatchNorm's running averages, which training never reads, are saved and exported from rank 0 either way.
-    """
-    if dist.size() == 1:
-        return model
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def contrastive_loss(moco: nn.Module, device: torch.device) -> LossFn:

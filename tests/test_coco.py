@@ -71,8 +71,7 @@ def plain_pycocotools(index: LabelIndex, rows: np.ndarray) -> tuple[list[float],
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         results = [
-            {"image_id": int(r[0]), "bbox": bbox(r[1:5]), "score": float(r[5]), "category_id": int(r[6])}
-            for r in rows
+            {"image_id": int(r[0]), "bbox": bbox(r[1:5]), "score": float(r[5]), "category_id": int(r[6])} for r in rows
         ]
         evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluator.evaluate()

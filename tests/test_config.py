@@ -112,3 +112,9 @@ def test_yaml_scalars_mean_what_they_look_like() -> None:
 def test_bad_yaml_is_refused_with_line_and_column(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         typed_yaml.parse(text, "x")
+
+
+def test_a_name_that_looks_like_a_number_stays_a_name_on_the_command_line(files: Path) -> None:
+    assert parse(files, "data=2024").data == "2024"
+    assert parse(files, 'data="2024"').data == "2024"
+    assert parse(files, "data=null").data is None

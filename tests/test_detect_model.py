@@ -52,9 +52,7 @@ def test_norm_stays_what_it_says_in_training(norm: str) -> None:
     model = small(norm=norm)
     before = {name: value.clone() for name, value in model.backbone.body.named_buffers()}
     train_once(model)
-    moved = [
-        name for name, value in model.backbone.body.named_buffers() if not torch.equal(value, before[name])
-    ]
+    moved = [name for name, value in model.backbone.body.named_buffers() if not torch.equal(value, before[name])]
     trained = [name for name, parameter in model.backbone.body.named_parameters() if parameter.ndim == 1]
     if norm == "frozen":
         assert moved == [] and trained == [] and len(before) == 4 * 20
@@ -65,9 +63,7 @@ def test_norm_stays_what_it_says_in_training(norm: str) -> None:
 def test_frozen_layers_keep_their_weights() -> None:
     model = small(norm="frozen", trainable_layers=2)
     train_once(model)
-    graded = {
-        name.split(".")[0] for name, value in model.backbone.body.named_parameters() if value.grad is not None
-    }
+    graded = {name.split(".")[0] for name, value in model.backbone.body.named_parameters() if value.grad is not None}
     assert graded == {"layer3", "layer4"}
 
 

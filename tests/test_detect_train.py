@@ -50,9 +50,7 @@ def printed() -> io.StringIO:
 
 
 @pytest.fixture(scope="module")
-def r1(
-    tmp_path_factory: pytest.TempPathFactory, data: Path, printed: io.StringIO
-) -> tuple[Path, dict[str, Any]]:
+def r1(tmp_path_factory: pytest.TempPathFactory, data: Path, printed: io.StringIO) -> tuple[Path, dict[str, Any]]:
     """A first round of two epochs of two steps, and what it returned."""
     run = tmp_path_factory.mktemp("chain") / "r1"
     with contextlib.redirect_stdout(printed):
@@ -116,10 +114,7 @@ def test_the_line_of_an_epoch(r1: tuple[Path, dict[str, Any]], printed: io.Strin
     summary = r1[1]["metrics"]
     losses = [line["loss"] for line in records(r1[0], "train") if line["epoch"] == 1]
     assert summary["loss_avg"] == pytest.approx(sum(losses) / 2)
-    assert (
-        f"Loss Avg: {summary['loss_avg']:.6f}, Loss Median: {summary['loss_median']:.6f}"
-        in printed.getvalue()
-    )
+    assert f"Loss Avg: {summary['loss_avg']:.6f}, Loss Median: {summary['loss_median']:.6f}" in printed.getvalue()
 
 
 def test_a_finished_round_is_not_trained_again(
@@ -131,9 +126,7 @@ def test_a_finished_round_is_not_trained_again(
     assert sha256(result["outputs"]["last"]) == before and "Epoch Stats" not in capsys.readouterr().out
 
 
-def test_a_resumed_round_ends_as_if_never_stopped(
-    tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path
-) -> None:
+def test_a_resumed_round_ends_as_if_never_stopped(tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path) -> None:
     fine_tune(tmp_path / "run", data, 1)
     resumed, whole = last_of(fine_tune(tmp_path / "run", data, 2)), last_of(r1[1])
     assert resumed["step"] == whole["step"] == 4 and resumed["best"] == whole["best"]
@@ -152,9 +145,7 @@ def test_the_next_round_carries_the_optimizer_and_takes_its_own_rate(
     fit = engine.fit
 
     def observed(state: engine.TrainState, *arguments: Any, **options: Any) -> None:
-        begun.append(
-            {"optimizer": state.optimizer.state_dict(), "epoch": state.epoch, "start_step": state.start_step}
-        )
+        begun.append({"optimizer": state.optimizer.state_dict(), "epoch": state.epoch, "start_step": state.start_step})
         momentum = [group["momentum_buffer"].clone() for group in begun[0]["optimizer"]["state"].values()]
         begun[0]["momentum"] = momentum
         fit(state, *arguments, **options)
@@ -189,9 +180,7 @@ def test_the_best_of_an_earlier_round_stays_until_it_is_beaten(
     assert checkpoint.read(best)["best"] == -1.0  # the earlier round's own file is untouched
 
 
-def test_without_a_best_the_round_has_its_own(
-    tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path
-) -> None:
+def test_without_a_best_the_round_has_its_own(tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path) -> None:
     result = fine_tune(tmp_path / "r2", data, 3, "--resume", str(r1[1]["outputs"]["last"]))
     assert sha256(result["outputs"]["best"]) == sha256(result["outputs"]["last"])
     assert last_of(result)["start_step"] == 4
@@ -204,9 +193,7 @@ def test_never_resume_keeps_the_old_checkpoints_aside(tmp_path: Path, data: Path
         last_of(again)["model"]["backbone.body.conv1.weight"], before["model"]["backbone.body.conv1.weight"]
     )
     aside = checkpoint.read(tmp_path / "run" / "checkpoints.1" / "checkpoint_0000.pth")
-    assert torch.equal(
-        aside["model"]["backbone.body.conv1.weight"], before["model"]["backbone.body.conv1.weight"]
-    )
+    assert torch.equal(aside["model"]["backbone.body.conv1.weight"], before["model"]["backbone.body.conv1.weight"])
     assert [line["step"] for line in records(tmp_path / "run", "train")] == [1, 2]
 
 
@@ -216,9 +203,7 @@ def test_a_round_starts_from_a_backbone_that_may_go_away(tmp_path: Path, data: P
     torch.save(moco(encoder) if layout == "moco" else encoder.state_dict(), tmp_path / "backbone.pth")
     words = ["--bp", str(tmp_path / "backbone.pth"), "model.norm=frozen", "model.trainable_layers=3"]
     result = fine_tune(tmp_path / "r1", data, 1, *words, lr=1e-6)
-    body = {
-        name: value for name, value in last_of(result)["model"].items() if name.startswith("backbone.body.")
-    }
+    body = {name: value for name, value in last_of(result)["model"].items() if name.startswith("backbone.body.")}
     for name in ("conv1.weight", "bn1.running_mean", "layer4.1.bn2.running_var", "layer4.1.bn2.weight"):
         assert torch.equal(body[f"backbone.body.{name}"], encoder.state_dict()[name]), name
     (tmp_path / "backbone.pth").unlink()
@@ -255,9 +240,7 @@ def test_unusable_labels_end_it_or_are_left_out(tmp_path: Path) -> None:
     data = write_set(tmp_path / "data")
     write_label(data / "training", 4, bboxes=[[5, 5, 5, 9]], labels=["cat"])
     (data / "validation" / "labels" / "30002.yml").unlink()
-    refused(
-        tmp_path / "run", data, 1, [], r"2 unusable(.|\n)*training/labels/4.yml(.|\n)*validation/images/30002"
-    )
+    refused(tmp_path / "run", data, 1, [], r"2 unusable(.|\n)*training/labels/4.yml(.|\n)*validation/images/30002")
     result = fine_tune(tmp_path / "run", data, 1, "data.on_error=skip")
     assert result["epochs"] == 1 and result["metrics"]["loss_avg"] < 10
 

@@ -170,3 +170,16 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path) -> Non
     ):
         with pytest.raises(InputError, match=f"{name}: {message}"):
             checkpoint.load(tmp_path / name, "toy", "train it")
+
+
+def test_another_history_s_checkpoints_are_set_aside_not_counted(tmp_path: Path) -> None:
+    state, directory = new_state(), tmp_path / "checkpoints"
+    for epoch in (7, 8):
+        state.epoch = epoch
+        checkpoint.save(directory, payload(state), best=epoch == 7)
+    checkpoint.make_room(directory, 7)
+    assert [path.name for path in checkpoint.everything(directory)] == ["checkpoint_0006.pth"]
+    checkpoint.make_room(directory, 0)
+    assert [path.name for path in directory.iterdir()] == ["best.pth"]
+    assert (tmp_path / "checkpoints.1" / "checkpoint_0007.pth").exists()
+    assert (tmp_path / "checkpoints.2" / "checkpoint_0006.pth").exists()

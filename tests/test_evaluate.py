@@ -112,9 +112,7 @@ def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
     result = report.parse(out.read_text(), "report")
     assert result == json.loads(metrics.read_text())
     assert result is not None
-    index = labels.load(
-        dataset, "validation", classes=CLASSES, on_error="error", cache=tmp_path / "index.npz"
-    )
+    index = labels.load(dataset, "validation", classes=CLASSES, on_error="error", cache=tmp_path / "index.npz")
     model, _ = detector.from_checkpoint(checkpoint.read(best))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -139,7 +137,7 @@ def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
         assert f"# {line}\n" in text
     assert "min_size [64]" in text
     assert out.with_suffix(".err").read_text() == ""
-    assert (result["device"], torch.get_num_threads()) == ("CPU, 1 threads", threads)
+    assert (result["device"], torch.get_num_threads()) == ("CPU, threads: 1", threads)
 
 
 def test_two_ranks_report_the_numbers_of_one(
@@ -172,9 +170,7 @@ def test_what_skip_leaves_out_is_listed_and_counted(best: Path, tmp_path: Path) 
     assert any("3.JPEG" in line for line in left_out)
 
 
-def test_a_failed_evaluation_leaves_its_cause_and_no_report(
-    best: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_a_failed_evaluation_leaves_its_cause_and_no_report(best: Path, dataset: Path, tmp_path: Path) -> None:
     stale = tmp_path / f"eval_{env.job_id()}.out"
     stale.write_text("of this job, before it was requeued")
     with pytest.raises(InputError, match="testing"):
@@ -218,9 +214,7 @@ def test_weights_that_are_not_finite_are_refused(best: Path, tmp_path: Path) -> 
     content = checkpoint.read(best)
     content["model"]["rpn.head.bbox_pred.bias"][0] = torch.nan
     checkpoint.write(tmp_path / "nan.pth", content)
-    with pytest.raises(
-        InputError, match=r"nan\.pth: 1 tensors are not finite, first rpn\.head\.bbox_pred\.bias"
-    ):
+    with pytest.raises(InputError, match=r"nan\.pth: 1 tensors are not finite, first rpn\.head\.bbox_pred\.bias"):
         run.load_detector(tmp_path / "nan.pth")
 
 
@@ -228,9 +222,7 @@ def test_command_line_refuses_a_backbone_with_exit_code_2(dataset: Path, tmp_pat
     path = backbones(tmp_path)["backbone.pth"]
     answer = ranks.run([sys.executable, "-m", "evaluate.run", *arguments(tmp_path / "run", path, dataset)])
     assert answer.returncode == 2
-    assert answer.stderr.endswith(
-        f"ERROR 2: {path} is a backbone only: train a detector on it first (detect_train)\n"
-    )
+    assert answer.stderr.endswith(f"ERROR 2: {path} is a backbone only: train a detector on it first (detect_train)\n")
     assert [file.suffix for file in (tmp_path / "run").glob("eval_*")] == [".err"]
 
 
@@ -242,7 +234,5 @@ def test_configuration_files_are_complete_and_problems_come_together() -> None:
     assert config.parse([*given, "--batch-size", "5"]).batch_size == 5
     with pytest.raises(InputError, match=r"(?s)batch_size=0.*workers=-1"):
         config.parse([*given, "--batch-size", "0", "workers=-1"])
-    with pytest.raises(
-        InputError, match=r"(?s)run_dir: required.*checkpoint: required.*data\.labeled: required"
-    ):
+    with pytest.raises(InputError, match=r"(?s)run_dir: required.*checkpoint: required.*data\.labeled: required"):
         config.parse([])

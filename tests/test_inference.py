@@ -58,9 +58,7 @@ def detector(score_thresh: float = 0.0) -> FasterRCNN:
 
 def detect(model: FasterRCNN, length: int = len(IDS), batch_size: int = 2, workers: int = 0) -> np.ndarray:
     cpu = torch.device("cpu")
-    return predict(
-        model, Images(length), batch_size=batch_size, workers=workers, device=cpu, precision="float32"
-    )
+    return predict(model, Images(length), batch_size=batch_size, workers=workers, device=cpu, precision="float32")
 
 
 def cases() -> dict[str, np.ndarray]:

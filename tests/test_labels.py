@@ -98,9 +98,7 @@ def test_a_second_load_reads_the_cache_only(tmp_path: Path) -> None:
         assert type(getattr(second, name)) is type(value), name
 
 
-@pytest.mark.parametrize(
-    "change", ["label", "label time", "image added", "image replaced", "classes", "cache cut"]
-)
+@pytest.mark.parametrize("change", ["label", "label time", "image added", "image replaced", "classes", "cache cut"])
 def test_a_stale_cache_is_not_used(tmp_path: Path, change: str) -> None:
     write_set(tmp_path)
     cache = tmp_path / "cache_training.npz"
@@ -179,6 +177,8 @@ BROKEN_LABELS = [
     ("bboxes: !!python/object/apply:os.system [exit]", "bad YAML"),
     ("bboxes: []\nlabels: !!bool maybe", "bad YAML"),
     (f"bboxes: [[1, 2, 3, {'9' * 5000}]]", "bad YAML"),
+    (f"bboxes: {'[' * 80000}{']' * 80000}", "bad YAML: nested more than"),
+    (f"bboxes:\n  {'- ' * 80000}1", "bad YAML: nested more than"),
 ]
 
 
@@ -278,11 +278,7 @@ def test_exactly_the_planted_defects_are_found(tmp_path: Path, shared_data: Path
     }
     with pytest.raises(InputError) as error:
         labels.load_splits(root, caches, classes=classes, on_error="error")
-    lines = [
-        line.strip()
-        for line in str(error.value).splitlines()
-        if line.startswith("  t") or line.startswith("  v")
-    ]
+    lines = [line.strip() for line in str(error.value).splitlines() if line.startswith("  t") or line.startswith("  v")]
     listed = {(line.split("/")[0], int(line.split("/")[2].split(".")[0])) for line in lines}
     assert listed == planted and len(lines) == len(planted) == 11
     assert "training/images/28.JPEG" in str(error.value)

@@ -101,10 +101,7 @@ def test_another_configuration_is_refused_not_ignored(here: Checkout) -> None:
     here.local("--chain")
     refused = here.local("--chain", "r2.optim.lr=0.5")
     assert refused.returncode == 2
-    assert (
-        "r2 of chain standin is done with another configuration: optim.lr (was 0.003, now 0.5)"
-        in refused.stdout
-    )
+    assert "r2 of chain standin is done with another configuration: optim.lr (was 0.003, now 0.5)" in refused.stdout
     assert here.local("--chain", "r2.optim.lr=0.5", "--name", "other").returncode == 0
 
 
@@ -175,9 +172,7 @@ def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
     assert first.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--from", "r9"], ["--chain", "--sbatch=--mem=1G"], ["--cancel", "--chian"]]
-)
+@pytest.mark.parametrize("words", [[], ["--from", "r9"], ["--chain", "--sbatch=--mem=1G"], ["--cancel", "--chian"]])
 def test_a_command_line_that_cannot_be_meant_is_refused(here: Checkout, words: list[str]) -> None:
     assert here.local(*words).returncode == 2
     assert here.files() == set()

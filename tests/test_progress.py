@@ -12,9 +12,7 @@ from utils import progress
 from utils.progress import Progress
 
 
-def test_a_log_gets_few_plain_lines(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_gets_few_plain_lines(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", 3600.0)
     with Progress("read", total=4, unit="images") as quick:
         for _ in range(4):

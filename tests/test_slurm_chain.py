@@ -81,9 +81,7 @@ def test_the_launcher_asks_for_what_the_scripts_ask_for(tmp_path: Path, cluster:
     here.launch("--cancel")
 
 
-def test_a_chain_by_the_launcher_is_submitted_once_and_ends_with_a_report(
-    tmp_path: Path, cluster: Cluster
-) -> None:
+def test_a_chain_by_the_launcher_is_submitted_once_and_ends_with_a_report(tmp_path: Path, cluster: Cluster) -> None:
     here = Checkout(tmp_path, cluster)
     launch_small(here, "--chain", "pretrain.wait_for=go")
     first = jobs(here)
@@ -105,15 +103,16 @@ def check_failed_r1(here: Checkout, cluster: Cluster) -> None:
     """r1 fails: what --status says then, and that the next launch starts at r1."""
     launch_small(here, "--chain", "r1.fail=error")
     old = jobs(here)
-    assert [cluster.wait(job, timeout=60) for job in old.values()] == ["COMPLETED", "FAILED"] + [
-        "CANCELLED"
-    ] * 3
+    assert [cluster.wait(job, timeout=60) for job in old.values()] == ["COMPLETED", "FAILED"] + ["CANCELLED"] * 3
     table = here.table()
     assert states(here) == ["DONE", "FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     cause, log = re.split(r" {2,}", table["r1"])[-2:]
     assert cause == "RuntimeError: the disk is on fire"
     assert "the disk\nis on fire" in (here.root / log).read_text()
     assert table["r2"].endswith("r1 is FAILED")
+    launch_small(here, "--only", "r1", "--sbatch=--hold")
+    assert here.launch("--cancel").returncode == 0
+    assert states(here)[1] == "CANCELLED"  # of the newest job, not of the one that failed
     launch_small(here, "--chain")
     new = jobs(here)
     assert [stage for stage in STAGES if new[stage] == old[stage]] == ["pretrain"]
@@ -151,9 +150,7 @@ def test_a_link_does_not_start_after_a_failed_parent_that_slurm_has_forgotten(
     while cluster.run("scontrol", "show", "job", r1).returncode == 0:
         assert time.monotonic() < end
         time.sleep(0.5)
-    r2 = sbatch(
-        here, cluster, *SMALL, f"--dependency=afterok:{r1}", "slurm/demo_mocov2_fpn_r2.slurm", *STANDIN
-    )
+    r2 = sbatch(here, cluster, *SMALL, f"--dependency=afterok:{r1}", "slurm/demo_mocov2_fpn_r2.slurm", *STANDIN)
     assert cluster.wait(r2) == "FAILED"
     assert described(cluster, r2)["ExitCode"] == "2:0"
     output = (here.root / f"runs/demo_mocov2_fpn_r2_{r2}.out").read_text()
@@ -175,9 +172,7 @@ def test_scripts_one_by_one_pass_their_words_on(tmp_path: Path, cluster: Cluster
     assert "made pretrain:0.015" in (here.root / f"runs/demo_mocov2_fpn_r2_{job}.out").read_text()
 
 
-def test_the_chain_script_queues_all_stages_from_a_shell_and_from_a_job(
-    tmp_path: Path, cluster: Cluster
-) -> None:
+def test_the_chain_script_queues_all_stages_from_a_shell_and_from_a_job(tmp_path: Path, cluster: Cluster) -> None:
     here = Checkout(tmp_path, cluster)
     queued = here.run("bash", "slurm/chain.slurm", *STANDIN)
     ids = re.findall(r": job (\d+)$", queued.stdout, re.MULTILINE)

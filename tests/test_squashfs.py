@@ -111,9 +111,7 @@ def test_the_reader_and_unsquashfs_agree_on_real_images(shared_data: Path, tmp_p
     assert read_all(archive) == expected
 
 
-def test_unpack_is_whole_private_and_marked(
-    sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_unpack_is_whole_private_and_marked(sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     archive = pack(sample, tmp_path / "a.sqsh", "-force-uid", "65534")
     dest = squashfs.unpack(archive, tmp_path / "out")
     assert snapshot(dest) == snapshot(sample)
@@ -223,9 +221,7 @@ def test_a_cut_archive_is_refused_with_both_numbers(sample: Path, tmp_path: Path
         ("/nonexistent", "damaged .* block at byte"),
     ],
 )
-def test_damaged_data_leaves_nothing(
-    path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_data_leaves_nothing(path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "text").write_bytes(b"".join(b"%d\n" % number for number in range(200_000)))

@@ -48,9 +48,7 @@ def test_loss_is_the_paper_s() -> None:
     model, views = moco(), batch()
     reference = copy.deepcopy(model)
     with torch.no_grad():
-        for key, query in zip(
-            reference.key_encoder.parameters(), reference.query_encoder.parameters(), strict=True
-        ):
+        for key, query in zip(reference.key_encoder.parameters(), reference.query_encoder.parameters(), strict=True):
             key.copy_(0.75 * key + 0.25 * query)
         q = reference.query_encoder(views[0]).double().numpy()
         k = reference.key_encoder(views[1]).double().numpy()
@@ -94,9 +92,7 @@ def test_momentum_update_moves_parameters_and_leaves_statistics(momentum: float)
     for encoder in (query, model.query_encoder):
         encoder.get_buffer("bn1.running_mean").add_(1)
     model._update_key_encoder()
-    for old, new, target in zip(
-        before.parameters(), model.key_encoder.parameters(), query.parameters(), strict=True
-    ):
+    for old, new, target in zip(before.parameters(), model.key_encoder.parameters(), query.parameters(), strict=True):
         torch.testing.assert_close(new, momentum * old + (1 - momentum) * target, rtol=1e-6, atol=1e-7)
         assert not torch.equal(old, target)
     for name, statistic in model.key_encoder.named_buffers():

@@ -80,9 +80,7 @@ def test_a_run_writes_what_the_next_stage_needs(whole: tuple[Path, dict[str, Any
     assert not torch.equal(resnet.conv1.weight, saved["model"]["key_encoder.conv1.weight"])
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(
-    tmp_path: Path, data: Path, whole: tuple[Path, dict[str, Any]]
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, data: Path, whole: tuple[Path, dict[str, Any]]) -> None:
     run = tmp_path / "killed"
     shutil.copytree(whole[0], run)
     (run / "checkpoints" / "checkpoint_0001.pth").unlink()

@@ -13,7 +13,7 @@ from jobs import stages, state
 from jobs.overrides import distribute
 from jobs.stages import Chain, word
 from tests.checkout import STAGES
-from utils import config, files, paths
+from utils import config, files, paths, typed_yaml
 from utils.errors import InputError
 from utils.paths import ROOT
 
@@ -87,11 +87,10 @@ def test_the_words_of_a_chain_file_reach_the_stages_that_know_them_and_the_comma
         stages.load(write(tmp_path, {**content, "overrides": {"data": {"lab": 1}}}))
 
 
-@pytest.mark.parametrize(
-    "value", ["a b", "012", "x # y", "1e-3", "null", "", None, 1e-5, 3, [1, 2], True, "ü=1: 2"]
-)
+@pytest.mark.parametrize("value", ["a b", "012", "x # y", "1e-3", "null", "", None, 1e-5, 3, [1, 2], True, "ü=1: 2"])
 def test_a_word_reads_back_as_its_value(value: Any) -> None:
-    assert config.split_override(word("key", value)) == ("key", value)
+    key, text = config.split_override(word("key", value))
+    assert (key, typed_yaml.parse(str(text), key)) == ("key", value)
 
 
 def test_a_stage_resolves_to_its_configuration_with_parents_by_name(chain: Chain) -> None:
@@ -104,9 +103,7 @@ def test_a_stage_resolves_to_its_configuration_with_parents_by_name(chain: Chain
         chain.resolve("r2", ["--run-dir", "/elsewhere"])
 
 
-@pytest.mark.parametrize(
-    "words", [["--bp", "other.pth"], ["backbone=null"], ["--resume", "checkpoint_0003.pth"]]
-)
+@pytest.mark.parametrize("words", [["--bp", "other.pth"], ["backbone=null"], ["--resume", "checkpoint_0003.pth"]])
 def test_what_is_given_by_hand_needs_no_parent(chain: Chain, words: list[str]) -> None:
     assert chain.needs("r1", chain.resolve("r1", [])) == ["pretrain"]
     assert chain.needs("r1", chain.resolve("r1", words)) == []

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import files, log
+from utils import files, log, paths
 from utils.errors import InputError
 
 FORMAT = "relay-1"
 KEEP = 2  # newest checkpoints kept besides the best
-NAME = re.compile(r"checkpoint_(\d{4,})\.pth")
+NAME = re.compile(r"checkpoint_\d{4,}\.pth")
 BEST = "best.pth"
 
 
@@ -107,8 +107,11 @@ def adopt(source: Path, target: Path) -> None:
 
 def everything(directory: Path) -> list[Path]:
     """The epoch checkpoints of a directory, oldest first (by the epoch in the name: clocks differ between nodes)."""
-    found = [(int(match[1]), path) for path in directory.glob("*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in directory.glob("*") if NAME.fullmatch(path.name)), key=_epoch)
+
+
+def _epoch(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 def newest(directory: Path) -> Path | None:
@@ -131,6 +134,21 @@ def starting_point(resume: str, init: str | None, directory: Path, restarts: int
     if not Path(named).is_file():
         raise InputError(f"checkpoint {named}: no such file")
     return Path(named), Path(named).resolve().parent == directory.resolve()
+
+
+def make_room(directory: Path, epochs_done: int) -> None:
+    """Set aside the checkpoints of later epochs than a run starts from (0: all): they are another history's.
+
+    Left there, they would be the newest ones for retention and for the next resume.
+    """
+    later = [path for path in everything(directory) if _epoch(path) >= epochs_done]
+    if not later:
+        return
+    aside = paths.free_name(directory)
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    log.info(f"checkpoints of another history are now in {aside}")
 
 
 def load(path: Path, kind: str, remedy: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
@@ -22,6 +22,11 @@ from utils import typed_yaml
 from utils.errors import InputError
 
 T = TypeVar("T")
+# Types that several configurations share.
+ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
+DeviceName = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 Layer = tuple[str, dict[str, Any]]  # where it came from -> dotted key: value
 
 
@@ -53,12 +58,16 @@ def load(schema: type[T], file: Path, overrides: Sequence[str] = ()) -> T:
     return build(schema, [*file_layers(file), ("command line", dict(map(split_override, overrides)))])
 
 
-def split_override(word: str) -> tuple[str, Any]:
-    """`optim.lr=1e-3` -> (`optim.lr`, 0.001). Raises: InputError."""
+class Word(str):
+    """A value as it was typed: what it means depends on the key's type (`--run-dir 2024` is a name)."""
+
+
+def split_override(word: str) -> tuple[str, Word]:
+    """`optim.lr=1e-3` -> (`optim.lr`, `1e-3`). Raises: InputError."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise InputError(f"command line: {word!r} is not of the form key=value")
-    return key, typed_yaml.parse(value, f"command line: {key}")
+    return key, Word(value)
 
 
 def build(schema: type[T], layers: Sequence[Layer]) -> T:
@@ -72,7 +81,8 @@ def build(schema: type[T], layers: Sequence[Layer]) -> T:
                 problems.append(f"{origin}: {unknown(key, list(known))}")
                 continue
             try:
-                values[key] = _convert(value, known[key])
+                convert = _convert_word if isinstance(value, Word) else _convert
+                values[key] = convert(value, known[key])
             except (TypeError, ValueError) as error:
                 problems.append(f"{origin}: {key}: {error}")
     missing = object()
@@ -159,6 +169,14 @@ def unknown(key: str, known: list[str]) -> str:
     section = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"unknown key {key!r}{hint} (known: {', '.join(section or known)})"
+
+
+def _convert_word(word: Word, hint: Any) -> Any:
+    """A typed word as `hint`: YAML, but a name that looks like a number stays the name."""
+    value = typed_yaml.parse(str(word), "its value")
+    if str in (hint, *typing.get_args(hint)) and not isinstance(value, str | None):
+        return str(word)
+    return _convert(value, hint)
 
 
 def _convert(value: Any, hint: Any) -> Any:

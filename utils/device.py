@@ -7,10 +7,8 @@ from typing import Literal
 
 import torch
 
+from utils.config import DeviceName, Precision
 from utils.errors import EnvironmentProblem
-
-DeviceName = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bf16"]
 
 
 def pick(name: DeviceName, local_rank: int) -> torch.device:
@@ -47,4 +45,4 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def describe(device: torch.device) -> str:
     """The device in words, for logs and reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import env, files, log
-from utils.device import DeviceName, pick
+from utils.config import DeviceName
+from utils.device import pick
 from utils.errors import EnvironmentProblem
 from utils.paths import RunDir
 
@@ -71,6 +74,18 @@ def first_rank_first() -> Iterator[None]:
     yield
     if rank() == 0:
         barrier()
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with gradients averaged over ranks; itself when there is one rank.
+
+    Buffers are not broadcast each step: what training reads of them (MoCo's queue) is the same on every rank
+    already, and BatchNorm's running averages, which it never reads, are taken from rank 0 when it matters.
+    """
+    if size() == 1:
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from utils.errors import InputError
+
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 100_000_000  # a 1 MB file can claim more than a node's memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -21,12 +23,12 @@ def find(root: Path) -> list[Path]:
 
 
 def load(path: Path) -> Image.Image:
-    """The decoded image as RGB. Raises: OSError of Pillow, with the path in front."""
+    """The decoded image as RGB. Raises: InputError naming the file."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error
+        raise InputError(f"{path}: unreadable image: {error}") from error
 
 
 def check(path: Path) -> tuple[tuple[int, int] | None, str | None]:

@@ -14,7 +14,7 @@ from utils import images, typed_yaml
 from utils.errors import InputError
 
 YAML_SUFFIXES = (".yml", ".yaml")
-ID = re.compile(r"[0-9]{1,18}")
+ID = re.compile(r"[0-9]{1,15}")  # detections carry ids as float64
 ROUNDING = 0.01  # px a box may leave its image: labels carry two decimals
 SMALLEST = 0.005  # px: a thinner box is empty once it is resized in float32
 HUGEST = 1e9  # px: beyond any image, and within what arithmetic here can do
@@ -62,9 +62,7 @@ def read(root: Path, split: str, texts: Scan) -> dict[str, Any]:
 def class_names(documents: Documents) -> tuple[str, ...]:
     """The class names that stand in label files, sorted."""
     rows = [document.get("labels") for document in documents.values() if isinstance(document, dict)]
-    return tuple(
-        sorted({name for row in rows if isinstance(row, list) for name in row if isinstance(name, str)})
-    )
+    return tuple(sorted({name for row in rows if isinstance(row, list) for name in row if isinstance(name, str)}))
 
 
 def check(

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from utils import files, images, label_files, log
+from utils.config import OnError
 from utils.errors import InputError
 
 FORMAT = 1  # of the cache; raise it with its content or with a check
@@ -32,8 +33,6 @@ ARRAYS = ("ids", "sizes", "offsets", "boxes", "labels")
 WORDS = ("classes", "files", "problems")
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # a damaged cache is a stale one
 SHOWN = 50  # lines of an error
-
-OnError = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ class LabelIndex:
         return self.boxes[rows], self.labels[rows]
 
 
-def load(
-    root: Path, split: str, *, classes: Sequence[str] | None, on_error: OnError, cache: Path
-) -> LabelIndex:
+def load(root: Path, split: str, *, classes: Sequence[str] | None, on_error: OnError, cache: Path) -> LabelIndex:
     """One split; see `load_splits`."""
     return load_splits(root, {split: cache}, classes=classes, on_error=on_error)[0]
 
@@ -171,9 +168,7 @@ def _build(
         files=tuple(example.file for example in examples),
         sizes=np.array([example.size for example in examples], dtype=np.int64).reshape(-1, 2),
         offsets=np.cumsum([0, *counts], dtype=np.int64),
-        boxes=np.array(list(chain.from_iterable(example.boxes for example in examples)), float).reshape(
-            -1, 4
-        ),
+        boxes=np.array(list(chain.from_iterable(example.boxes for example in examples)), float).reshape(-1, 4),
         labels=np.array(list(chain.from_iterable(example.labels for example in examples)), np.int64),
         problems=tuple(problems),
     )

@@ -58,8 +58,8 @@ class RunDir:
         return self.path / "backbone.pth"
 
     def label_index(self, split: str) -> Path:
-        """The cached label index of one split."""
-        return self.path / f"labels_{split}.npz"
+        """The cached label index of one split, shared by the stages of a chain."""
+        return self.path.parent / "labels" / f"{split}.npz"
 
     def rank_log(self, job_id: str, restarts: int, rank: int) -> Path:
         return self.logs / f"{job_id}_{restarts}_rank{rank}.log"
@@ -119,7 +119,12 @@ def staging_root(run_dir: RunDir) -> Path:
 
 def set_aside(path: Path) -> Path:
     """Rename `path` to the first free `<name>.1`, `<name>.2`, ...: work is never deleted. Returns the new path."""
+    return path.rename(free_name(path))
+
+
+def free_name(path: Path) -> Path:
+    """The first of `<name>.1`, `<name>.2`, ... that does not exist."""
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    return path.rename(target)
+    return target

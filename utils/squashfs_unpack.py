@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from utils import env
 from utils.errors import EnvironmentProblem, InputError
 from utils.progress import Progress
 from utils.squashfs_reader import Entry, Reader
@@ -22,7 +23,9 @@ MARGIN = 1.02  # of the space needed, for directories and block lists
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Tell the user, once per node: every rank of a job stages, one of them unpacks."""
+    if env.world().local_rank == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def check(archive: Path, reader: Reader, folder: Path) -> tuple[int, int]:

@@ -15,6 +15,8 @@ import yaml
 
 from utils.errors import InputError
 
+DEEPEST = 1000  # levels of nesting; a text needs at least as many bytes for them
+
 
 class TypedLoader(yaml.CSafeLoader):
     """SafeLoader with YAML 1.2 scalars that refuses a key given twice."""
@@ -55,12 +57,23 @@ TypedLoader.add_constructor("tag:yaml.org,2002:int", _int)
 TypedLoader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
+def _check_depth(text: str | bytes) -> None:
+    """Raises: ValueError for nesting that would overflow the C stack of the constructor and kill the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=TypedLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+
+
 def parse(text: str | bytes, name: str) -> Any:
     """The value of YAML `text`; `name` says in errors where it came from.
 
     Raises: InputError with line and column.
     """
     try:
+        if len(text) > DEEPEST:
+            _check_depth(text)
         return yaml.load(text, Loader=TypedLoader)
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # PyYAML's constructors raise the others for values that do not fit their tag

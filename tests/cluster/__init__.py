@@ -146,9 +146,7 @@ class Cluster:
         self.children[daemon].kill()
         self.children.pop(daemon).wait()
 
-    def run(
-        self, *argv: str, timeout: float = 60, cwd: Path | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: str, timeout: float = 60, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a client command on this cluster, not on one whose job this may be."""
         env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         env |= self.env | {"PATH": PATH}

@@ -1,9 +1,9 @@
 """The throw-away cluster by hand.
 
-    python -m tests.cluster install               # on Debian as root: apt-get what is missing
-    python -m tests.cluster up                    # in .cluster/; --dir elsewhere
-    export SLURM_CONF=$PWD/.cluster/slurm.conf    # sinfo, sbatch, srun, ... now talk to it
-    python -m tests.cluster down
+python -m tests.cluster install               # on Debian as root: apt-get what is missing
+python -m tests.cluster up                    # in .cluster/; --dir elsewhere
+export SLURM_CONF=$PWD/.cluster/slurm.conf    # sinfo, sbatch, srun, ... now talk to it
+python -m tests.cluster down
 """
 
 from __future__ import annotations
