@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train one round. Returns outputs `last` and `best`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
     run_dir = paths.RunDir(Path(cfg.run_dir))
-    with dist.session(cfg.device, run_dir) as device:
+    with dist.session(cfg.device, run_dir, cfg.workers) as device:
         directory = run_dir.checkpoints
         path, same_round = checkpoint.starting_point(cfg.resume, cfg.init, directory, env.restarts())
         saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run_dir = paths.RunDir(Path(cfg.run_dir))
     out = run_dir.report(env.job_id())
     try:
-        with dist.session(cfg.device, run_dir) as device:
+        with dist.session(cfg.device, run_dir, cfg.workers) as device:
             stats, epochs = evaluate(cfg, run_dir, device)
     except Exception as error:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pretrain. Returns outputs `last` and `backbone`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
     run_dir = paths.RunDir(Path(cfg.run_dir))
-    with dist.session(cfg.device, run_dir) as device:
+    with dist.session(cfg.device, run_dir, cfg.workers) as device:
         if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
         state, last = start(cfg, run_dir, device)
