@@ -146,8 +146,8 @@ def test_two_ranks_here_are_torchrun(here: Checkout) -> None:
 
 def test_the_launcher_may_be_called_from_anywhere(here: Checkout, tmp_path: Path) -> None:
     (here.root / "data").mkdir()
-    words = ["--file", here.root / "tests/standin/chain.yaml", "--cluster", "local", "data.labeled=data"]
-    command = [sys.executable, here.root / "jobs/launch.py", "--only", "pretrain", *words]
+    words = ["--file", f"{here.root}/tests/standin/chain.yaml", "--cluster", "local", "data.labeled=data"]
+    command = [sys.executable, f"{here.root}/jobs/launch.py", "--only", "pretrain", *words]
     done = subprocess.run(command, cwd=tmp_path, env=here.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert here.state("pretrain")["status"] == "done"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ pytestmark = pytest.mark.slurm
 
 SMALL = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=500M"]
 STANDIN = ["--file", "tests/standin/chain.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_queued(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in {"cluster", "cluster_without_accounting", "forgetful_cluster"} & set(request.fixturenames):
+        cluster = request.getfixturevalue(name)
+        if jobs := cluster.run("squeue", "-h", "-o", "%i").stdout.split():
+            cluster.run("scancel", *jobs)
 
 
 def launch_small(here: Checkout, *words: str) -> str:
@@ -62,7 +72,7 @@ def described(cluster: Cluster, job: str) -> dict[str, str]:
 
 def test_the_launcher_asks_for_what_the_scripts_ask_for(tmp_path: Path, cluster: Cluster) -> None:
     here = Checkout(tmp_path, cluster)
-    assert here.launch("--chain", "pretrain.wait_for=never").returncode == 0
+    assert here.launch("--chain", "--sbatch=--hold").returncode == 0
     scripts = sorted(here.root.glob("slurm/*_*.slurm"), key=lambda path: "pret demo eval".find(path.name[:4]))
     for script, job in zip(scripts, jobs(here).values(), strict=True):
         plain = sbatch(here, cluster, "--hold", f"slurm/{script.name}")
@@ -78,7 +88,6 @@ def test_the_launcher_asks_for_what_the_scripts_ask_for(tmp_path: Path, cluster:
             "Requeue",
         ):
             assert ours[field] == theirs[field], (script.name, field)
-    here.launch("--cancel")
 
 
 def test_a_chain_by_the_launcher_is_submitted_once_and_ends_with_a_report(tmp_path: Path, cluster: Cluster) -> None:
