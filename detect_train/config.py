@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from utils import config
-from utils.config import DeviceName, OnError, Precision, ResNet
+from utils.config import OnError, ResNet
+from utils.train_config import Sgd, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "r1.yaml"
 FLAGS = {
@@ -72,44 +73,27 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
-    lr: float  # constant through the round, for the global batch
-    momentum: float
-    weight_decay: float
-    warmup_steps: int  # steps at the start of the round in which the rate rises to lr
+class Optim(Sgd):
+    warmup_steps: int  # steps at the start of the round in which the rate rises to lr, where it stays
+
+    def problems(self) -> list[str]:
+        found = [] if self.warmup_steps >= 0 else [f"optim.warmup_steps={self.warmup_steps}: 0 or more"]
+        return super().problems() + found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    run_dir: str  # where config, metrics, label indexes and checkpoints go
+class Config(Training):
     data: Data
     backbone: str | None = None  # ResNet weights to start from; see backbone.py for the formats
     init: str | None = None  # last checkpoint of the round before: weights, optimizer and epoch count go on
     best: str | None = None  # best checkpoint so far; it stays the best until an epoch here beats it
     model: Model
     optim: Optim
-    batch_size: int  # images in one step of all ranks together
-    epochs: int  # in all, those of the rounds before included
-    seed: int
-    workers: int  # loader processes of each rank; 0: none
-    log_every: int  # steps between two lines of metrics
-    resume: str  # auto: this run's newest checkpoint; never; or a detector checkpoint's path
-    device: DeviceName
-    precision: Precision  # auto: bf16 where the hardware computes in it
 
     def problems(self) -> list[str]:
-        model, optim = self.model, self.optim
+        model = self.model
         has_weights = self.backbone or self.init or self.resume not in ("auto", "never")
         rules = [
-            (self.batch_size >= 1, f"batch_size={self.batch_size}: at least 1"),
-            (self.epochs >= 1, f"epochs={self.epochs}: at least 1"),
-            (self.seed >= 0, f"seed={self.seed}: 0 or more"),
-            (self.workers >= 0, f"workers={self.workers}: 0 or more"),
-            (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
-            (optim.lr > 0, f"optim.lr={optim.lr}: above 0"),
-            (0 <= optim.momentum < 1, f"optim.momentum={optim.momentum}: from 0 to below 1"),
-            (optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: 0 or more"),
-            (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps}: 0 or more"),
             (
                 has_weights or (model.norm != "frozen" and model.trainable_layers == 5),
                 f"model.norm={model.norm}, model.trainable_layers={model.trainable_layers}: would keep random"
@@ -117,7 +101,8 @@ class Config:
             ),
             (not self.best or bool(self.init), "best: needs init, the checkpoint to go on from"),
         ]
-        return [message for holds, message in rules if not holds] + model.problems()
+        found = [message for holds, message in rules if not holds]
+        return self.training_problems() + found + self.optim.problems() + model.problems()
 
 
 def parse(argv: Sequence[str] | None) -> Config:

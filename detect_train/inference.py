@@ -1,6 +1,10 @@
-"""Detections of a data set, the same array for any number of ranks."""
+"""Detections of a data set and their COCO numbers, the same for any number of ranks."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,8 +12,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from detect_train.data import Example, collate
-from utils import dist, loader, log
+from utils import coco, dist, loader, log
 from utils.device import autocast
+from utils.errors import DivergedError
+from utils.labels import LabelIndex
 
 LOG_EVERY = 100  # batches
 
@@ -36,6 +42,8 @@ def predict(
 
     Returns: (n, 7) float64 on every rank: image_id, x1, y1, x2, y2 (pixels of the original image), score,
         label; by image id, and within an image in the model's order.
+
+    Raises: DivergedError on every rank when a score or box is not finite on any.
     """
     batches = loader.WholeBatches(len(dataset), batch_size)  # type: ignore[arg-type]
     ids: list[int] = []
@@ -43,18 +51,50 @@ def predict(
     was_training = model.training
     model.eval()
     data = loader.make(dataset, batches, workers=workers, device=device, collate=collate)
-    for done, (images, targets) in enumerate(data, start=1):
-        with autocast(device, precision):
-            outputs = model([image.to(device, non_blocking=True) for image in images])
-        for target, output in zip(targets, outputs, strict=True):
-            ids.append(int(target["image_id"]))
-            scores_labels = torch.stack([output["scores"], output["labels"]], dim=1)
-            found = torch.cat([output["boxes"], scores_labels], dim=1).double()
-            rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
-        if done % LOG_EVERY == 0:
-            log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
+    with _watched(model, device) as finite:
+        for done, (images, targets) in enumerate(data, start=1):
+            with autocast(device, precision):
+                outputs = model([image.to(device, non_blocking=True) for image in images])
+            for target, output in zip(targets, outputs, strict=True):
+                ids.append(int(target["image_id"]))
+                scores_labels = torch.stack([output["scores"], output["labels"]], dim=1)
+                found = torch.cat([output["boxes"], scores_labels], dim=1).double()
+                rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
+            if done % LOG_EVERY == 0:
+                log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
     model.train(was_training)
+    if dist.mean(finite) < 1:
+        raise DivergedError("the detector's scores or boxes are not finite")
     seen = dist.gather_rows(torch.tensor(ids, dtype=torch.int64, device=device))
     assert len(seen) == len(seen.unique()) == len(dataset), (len(seen), len(dataset))  # type: ignore[arg-type]
     table = dist.gather_rows(torch.cat(rows)).cpu().numpy()
     return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def measure(
+    index: LabelIndex, detections: np.ndarray, device: torch.device
+) -> tuple[dict[str, float], coco.Result | None]:
+    """COCO's twelve numbers by name on every rank, computed by rank 0, which gets the whole result too."""
+    result = coco.evaluate(index, detections) if dist.rank() == 0 else None
+    numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=device)
+    if result:
+        numbers.copy_(torch.tensor([result.stats[name] for name in coco.METRICS], dtype=numbers.dtype))
+    return dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True)), result
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
+    """A number on the device, 1 until a score or box offset that `model` computes is not finite, then 0.
+
+    torchvision drops boxes with NaN scores: a model whose activations overflow would be reported as AP 0.
+    """
+    finite = torch.ones((), device=device)
+
+    def check(module: nn.Module, given: Any, outputs: Sequence[Any]) -> None:
+        for part in outputs:
+            for values in part if isinstance(part, list) else [part]:
+                finite.mul_(values.isfinite().all())  # nothing waits for it here
+
+    heads = [model.get_submodule(name) for name in ("rpn.head", "roi_heads.box_predictor")]
+    with heads[0].register_forward_hook(check), heads[1].register_forward_hook(check):
+        yield finite

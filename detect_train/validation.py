@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from detect_train.data import DetectionImages
-from detect_train.inference import predict
-from utils import coco, dist
+from detect_train.inference import measure, predict
+from utils import dist
 from utils.engine import TrainState
 from utils.hooks import Hook
 from utils.labels import LabelIndex
@@ -45,10 +45,7 @@ class Validate(Hook):
         for buffer in state.model.buffers():
             dist.broadcast(buffer)
         detections = predict(state.model, self.images, **self.how)
-        numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=self.device)
-        if dist.rank() == 0:
-            numbers.copy_(torch.tensor(list(coco.evaluate(self.index, detections).stats.values())))
-        stats = dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True))
+        stats, _ = measure(self.index, detections, self.device)
         state.is_best = state.best is None or stats["AP"] > state.best
         if state.is_best:
             state.best = stats["AP"]

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from detect_train.data import DetectionImages
-from detect_train.inference import predict
+from detect_train.inference import measure, predict
 from detect_train.model import from_checkpoint
 from evaluate import config, report
 from utils import checkpoint, coco, dist, env, files, labels, log, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
-from utils.errors import InputError, RelayError, cli, exit_code
+from utils.errors import DivergedError, InputError, RelayError, cli, exit_code
 
 PACKAGES = ("torch", "torchvision", "pycocotools")  # whose versions the report names
 
@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) -> tuple[dict[str, float], int]:
     """COCO's twelve numbers by name, and the epochs trained, on every rank; rank 0 writes the report."""
-    first = dist.rank() == 0
-    if first:
+    if dist.rank() == 0:
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
     saved = load_detector(Path(cfg.checkpoint))
@@ -69,22 +68,24 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # the last digits depend on it, and launchers set it by the number of ranks
-    detections = predict(
-        model.to(device),
-        DetectionImages(index, flip=False),
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        device=device,
-        precision=precision,
-    )
     machine = {"world_size": dist.size(), "device": describe(device), "precision": precision}
-    torch.set_num_threads(threads)
-    numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=device)
-    if first:
-        result = coco.evaluate(index, detections)
+    try:
+        detections = predict(
+            model.to(device),
+            DetectionImages(index, flip=False),
+            batch_size=cfg.batch_size,
+            workers=cfg.workers,
+            device=device,
+            precision=precision,
+        )
+    except DivergedError as error:
+        raise InputError(f"{cfg.checkpoint}: {error}: the training diverged") from None
+    finally:
+        torch.set_num_threads(threads)
+    stats, result = measure(index, detections, device)
+    if result:
         write(cfg, run_dir, saved, index, machine, result)
-        numbers = torch.tensor(list(result.stats.values()), dtype=torch.float64, device=device)
-    return dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True)), saved["epochs_done"]
+    return stats, saved["epochs_done"]
 
 
 def load_detector(path: Path) -> dict[str, Any]:

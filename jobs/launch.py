@@ -17,6 +17,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,12 @@ from pathlib import Path
 if not __package__:  # run as a file: the checkout belongs on the path, jobs/ does not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs import local, preflight, scheduler, stages, status, submit
+from jobs import local, preflight, scheduler, stages, state, status, submit
 from jobs.plan import Resources, Step, make, select
 from jobs.stages import Chain
-from jobs.worker import CHAIN_FILE
 from utils import files
 from utils.errors import InputError, cli
-from utils.paths import ROOT
+from utils.paths import CHAIN_FILE, ROOT
 
 
 def launch(chain: Chain, arguments: argparse.Namespace) -> None:
@@ -47,7 +47,8 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
     elif arguments.sbatch:
         raise InputError(f"--sbatch: the cluster is {cluster}, not slurm")
     if cluster != "local" and arguments.ranks > 1:
-        raise InputError("--ranks is for --cluster local; on Slurm use --sbatch=--ntasks-per-node=N")
+        instead = "on Slurm use --sbatch=--ntasks-per-node=N" if asked else "debug is one process, the launcher's"
+        raise InputError(f"--ranks is for --cluster local; {instead}")
     steps, problems = make(chain, selected, arguments.words, again)
     starting = [step for step in steps if step.action != "skip"]
     for step in starting:
@@ -58,16 +59,11 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
     if problems:
         raise InputError("\n  ".join(["nothing was started:", *problems]))
     if arguments.dry_run:
-        show(chain, steps, asked, arguments.ranks)
+        show(chain, steps, asked, arguments.ranks, _live(chain, steps, asked))
         return
     with _locked(chain):
         steps, _ = make(chain, selected, arguments.words, again)  # another launcher may have been at work
-        live = scheduler.live(chain)
-        blocked = {"again"} if asked else {"again", "run"}
-        names = [step.stage for step in steps if step.stage in live and step.action in blocked]
-        if names:
-            listed = ", ".join(f"{name} (job {live[name]})" for name in names)
-            raise InputError(f"queued or running: {listed}; wait, or --cancel first")
+        live = _live(chain, steps, asked)
         if asked:
             print(status.columns(submit.submit(chain, steps, asked, live)))
         else:
@@ -75,18 +71,43 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
             print(local.results(chain))
 
 
-def show(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], ranks: int) -> None:
+def _live(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources]) -> dict[str, str]:
+    """Stage -> its job that is queued or running. Raises: InputError for one that is in the way of a step."""
+    live = dict(scheduler.queued(chain) if asked or scheduler.is_used(chain) else ())
+    blocked = {"again"} if asked else {"again", "run"}
+    names = [step.stage for step in steps if step.stage in live and step.action in blocked]
+    if names:
+        listed = ", ".join(f"{name} (job {live[name]})" for name in names)
+        raise InputError(f"queued or running: {listed}; wait, or --cancel first")
+    keep = submit.kept(steps, live)
+    for step in steps:
+        if job := keep.get(step.stage):
+            before = scheduler.configuration(chain, step.stage, job)
+            if changed := state.differences(before or {}, step.config):
+                now = "running" if state.read(chain, step.stage).get("job_id") == job else "queued"
+                listed = f"{step.stage} is {now} (job {job}) with another configuration: {', '.join(changed)}"
+                raise InputError(f"{listed}; --cancel first")
+    return live
+
+
+def show(
+    chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], ranks: int, live: Mapping[str, str]
+) -> None:
     """Print what would be run, after what."""
+    keep = submit.kept(steps, live)
     started = {step.stage for step in steps if step.action != "skip"}
     for step in steps:
         words = {"skip": "done already, skipped", "run": "run", "again": "set aside, run again"}
+        if job := keep.get(step.stage):
+            print(f"\n# {step.stage}: kept, job {job}")
+            continue
         print(f"\n# {step.stage}: {words[step.action]}")
         if step.action == "skip":
             continue
         if not asked:
             print(shlex.join(local.command(chain, step, ranks)))
             continue
-        after = [f"<{parent}>" for parent in step.needs if parent in started]
+        after = [keep.get(parent, f"<{parent}>") for parent in step.needs if parent in started]
         print(submit.script(submit.executor(chain, step.stage, asked[step.stage], after)))
         print(f"# it runs: python -m jobs.worker {shlex.join(chain.worker_words(step.stage, step.words))}")
 
@@ -103,10 +124,10 @@ def _locked(chain: Chain) -> Iterator[None]:
 
 def cancel(chain: Chain) -> None:
     """Cancel the chain's jobs that are queued or running."""
-    live = scheduler.live(chain)
-    if live:
-        scheduler.cancel(list(live.values()))
-    listed = ", ".join(f"{stage} (job {job})" for stage, job in live.items())
+    queued = scheduler.queued(chain)
+    if queued:
+        scheduler.cancel([job for _, job in queued])
+    listed = ", ".join(f"{stage} (job {job})" for stage, job in queued)
     print(f"cancelled: {listed or 'nothing was queued or running'}")
 
 
@@ -133,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("words", nargs="*", metavar="key=value", help="configuration, see above")
     arguments = parser.parse_intermixed_args(argv)
     chain = stages.load(arguments.file, arguments.name)
+    if arguments.status or arguments.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     if arguments.status:
         print(status.table(chain))
     elif arguments.cancel:
@@ -144,4 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        cli(main)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

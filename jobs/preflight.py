@@ -10,9 +10,11 @@ from pathlib import Path
 from jobs.plan import Step
 from jobs.stages import Chain
 from utils.errors import InputError
+from utils.images import SUFFIXES
 from utils.squashfs_reader import Reader
 
 DATA_KEYS = ("data.unlabeled", "data.labeled")
+FILE_KEYS = ("data.classes", "backbone", "init", "best", "checkpoint", "resume")
 
 
 def problems(chain: Chain, step: Step, ranks: int) -> Iterator[str]:
@@ -20,23 +22,27 @@ def problems(chain: Chain, step: Step, ranks: int) -> Iterator[str]:
     stage, config = chain.stages[step.stage], step.config
     if importlib.util.find_spec(stage.module) is None:
         yield f"no module {stage.module}"
-    if config["batch_size"] % ranks:
+    if "epochs" in config and config["batch_size"] % ranks:  # what trains splits a batch; evaluation's is a rank's own
         yield f"batch_size={config['batch_size']} cannot be split over {ranks} ranks"
     for key in DATA_KEYS:
         if config.get(key) is not None:
-            yield from _unreadable(key, Path(config[key]).expanduser())
-    given = [key for key, source in stage.inputs.items() if config[key] not in (source, None)]
-    if config.get("resume") not in (None, "auto", "never"):
-        given.append("resume")
-    for key in given:
-        path = Path(config[key])
-        if not path.is_file():
+            yield from _unusable(key, Path(config[key]).expanduser(), config.get("data.split", "training"))
+    for key in dict.fromkeys((*FILE_KEYS, *stage.inputs)):
+        value = config.get(key)
+        path = Path(value or "")
+        if value not in (None, "auto", "never", stage.inputs.get(key)) and not path.is_file():
             near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")])
             yield f"{key}={path}: no such file" + (f"; there are {', '.join(sorted(near))}" if near else "")
 
 
-def _unreadable(key: str, path: Path) -> Iterator[str]:
+def _unusable(key: str, path: Path, split: str) -> Iterator[str]:
+    """Why `path` is neither an archive nor a folder of images, or of labelled ones with this split."""
     if path.is_dir():
+        if key == "data.unlabeled" and not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
+            yield f"{key}: {path}: no image in it ({', '.join(SUFFIXES)})"
+        places = [path / split / "images", path / "labeled" / split / "images"]
+        if key == "data.labeled" and not any(place.is_dir() for place in places):
+            yield f"{key}: {path}: no folder {split}/images or labeled/{split}/images in it"
         return
     try:
         with Reader(path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jobs import state
@@ -17,7 +18,7 @@ from utils.errors import EnvironmentProblem
 from utils.paths import ROOT
 
 TIMEOUT = 30  # seconds
-# Whatever is not among these, also a state that a later Slurm invents, is taken for a job that still lives.
+# A state that is not among these, also one that a later Slurm invents, is a living job's.
 FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
 FINAL |= {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 
@@ -76,7 +77,7 @@ def _read(lines: str, found: dict[str, Job]) -> None:
 
 
 def submitted(chain: Chain) -> dict[str, dict[str, Any]]:
-    """What the launcher wrote down: stage -> job_id, submitted (UTC), log."""
+    """What the launcher wrote down: stage -> job_id, submitted (UTC), log, config."""
     try:
         return json.loads(chain.dir.jobs.read_text())
     except FileNotFoundError:
@@ -87,10 +88,51 @@ def job_name(chain: Chain, stage: str) -> str:
     return f"{chain.name}-{stage}"
 
 
+def tag(chain: Chain, stage: str) -> str:
+    """The comment of a job, by which it is found when nobody wrote its id down; as in slurm/chain.slurm."""
+    return f"relay:{chain.name}:{stage}"
+
+
+def is_used(chain: Chain) -> bool:
+    """Whether anything of the chain has been a Slurm job, as far as its own files know."""
+    return bool(submitted(chain)) or any(state.read(chain, stage).get("slurm") for stage in chain.stages)
+
+
+def queued(chain: Chain) -> list[tuple[str, str]]:
+    """(stage, job id) of every job that squeue lists, queued or running, the newest last.
+
+    Those with the chain's tag that were submitted in this checkout, and those that have marked a stage as running.
+    Raises: EnvironmentProblem if squeue does not answer.
+    """
+    if not shutil.which("squeue"):
+        return []
+    tags = {tag(chain, stage): stage for stage in chain.stages}
+    running = {}
+    for stage in chain.stages:
+        record = state.read(chain, stage)
+        if record.get("slurm") and not record["ended"]:
+            running[record["job_id"]] = stage
+    found = []
+    for line in call("squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%k|%Z").splitlines():
+        job, comment, folder = line.split("|", 2)
+        if stage := tags.get(comment, "") if Path(folder).resolve() == ROOT else running.get(job, ""):
+            found.append((stage, job))
+    return sorted(found, key=lambda item: int(item[1]))
+
+
+def configuration(chain: Chain, stage: str, job: str) -> Mapping[str, Any] | None:
+    """The configuration a job of the stage was submitted with; None if nobody has written it down."""
+    for record in (submitted(chain).get(stage, {}), state.read(chain, stage)):
+        if record.get("job_id") == job:
+            return record.get("config")
+    return None
+
+
 def find(chain: Chain, records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, Job], list[str]]:
     """(stage -> id of its newest job, stage -> what Slurm knows of it, calls that failed).
 
-    The newest job is the launcher's last one, or that of a plain sbatch which began since.
+    The newest job is one that is queued or runs, else the launcher's last one, or that of a plain sbatch
+    which began since.
     """
     entries = submitted(chain)
     ids: dict[str, str] = {}
@@ -99,22 +141,22 @@ def find(chain: Chain, records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[s
             ids[stage] = entries[stage]["job_id"]
         elif record.get("slurm"):
             ids[stage] = record["job_id"]
+    alive: dict[str, str] = {}
+    problems: list[str] = []
+    try:
+        alive = dict(queued(chain))
+    except EnvironmentProblem as error:
+        problems += [str(error)] if is_used(chain) else []  # else there is a squeue, but perhaps no Slurm
+    ids |= alive
     jobs, notes = lookup(ids.values())
     found = {
         stage: jobs[job]
         for stage, job in ids.items()
         # a controller that lost its state gives ids again: one that never began must also have our name
-        if job in jobs and (records[stage].get("job_id") == job or jobs[job].name == job_name(chain, stage))
+        if job in jobs
+        and (job in (alive.get(stage), records[stage].get("job_id")) or jobs[job].name == job_name(chain, stage))
     }
-    return ids, found, notes
-
-
-def live(chain: Chain) -> dict[str, str]:
-    """Stage -> id of its job that is queued or running. Raises: EnvironmentProblem if Slurm does not say."""
-    ids, jobs, notes = find(chain, {stage: state.read(chain, stage) for stage in chain.stages})
-    if notes:
-        raise EnvironmentProblem("; ".join(notes))
-    return {stage: ids[stage] for stage, job in jobs.items() if job.state not in FINAL}
+    return ids, found, list(dict.fromkeys(problems + notes))
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -73,7 +73,8 @@ class Chain:
         """The command line of a stage's program; `inputs` is config key -> path. The later word wins."""
         given = {"run_dir": str(self.run_dir(stage).path), **inputs}
         ours = [word(*item) for item in given.items()]
-        return ["--config", str(self.stages[stage].config), *ours, *self.overrides[stage], *words]
+        theirs = [_at_home(item) for item in (*self.overrides[stage], *words)]
+        return ["--config", str(self.stages[stage].config), *ours, *theirs]
 
     def worker_words(self, stage: str, words: Sequence[str]) -> list[str]:
         """The command line of the stage's worker."""
@@ -103,6 +104,12 @@ def word(key: str, value: Any) -> str:
     """`key=value` that reads back as `value`."""
     plain = isinstance(value, str) and typed_yaml.parse(value, key) == value
     return f"{key}={value if plain else json.dumps(value)}"
+
+
+def _at_home(word: str) -> str:
+    """key=~/file as key=/home/me/file: not every shell, and no program, does it."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).expanduser()}" if value.startswith("~/") else word
 
 
 def load(file: Path, name: str | None = None) -> Chain:

@@ -41,21 +41,21 @@ def is_done(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> bool:
     record = read(chain, stage)
     if record["status"] != "done":
         return False
-    ignored = {*MACHINE_KEYS, *chain.stages[stage].inputs}
-    changed = [
-        f"{key} (was {old}, now {resolved[key]})"
-        for key, old in record["config"].items()
-        if key in resolved and key not in ignored and old != resolved[key]
-    ]
-    for key, source in record["inputs"].items():
-        if resolved[key] not in (source["from"], source["path"]):
-            changed.append(f"{key} (was {source['from'] or source['path']}, now {resolved[key]})")
-    if changed:
+    before = dict(record["config"])
+    for key, source in record["inputs"].items():  # a parent's output by its path is the same input
+        before[key] = resolved[key] if resolved[key] == source["path"] else source["from"] or source["path"]
+    if changed := differences(before, resolved):
         raise InputError(
             f"{stage} of chain {chain.name} is done with another configuration: {', '.join(changed)}; "
             f"use --from {stage} to train it again or --name for another chain"
         )
     return True
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key old -> new` for what gives a stage another result."""
+    shared = [key for key in before if key in now and key not in MACHINE_KEYS]
+    return [f"{key} {before[key]} -> {now[key]}" for key in shared if before[key] != now[key]]
 
 
 def running(

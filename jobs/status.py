@@ -27,7 +27,8 @@ def table(chain: Chain) -> str:
     for stage, record in records.items():
         job_id, job = ids.get(stage), jobs.get(stage)
         if job_id and record.get("job_id") != job_id:  # the marker is of an earlier job
-            record = {"status": "todo", "log": submitted[stage]["log"]}
+            entry = submitted.get(stage, {})
+            record = {"status": "todo", "log": entry["log"] if entry.get("job_id") == job_id else ""}
         words[stage], cause = _state(record, job_id, job)
         parents = [parent for parent in chain.stages[stage].parents if words[parent] != "DONE"]
         if words[stage] == "CANCELLED" and parents:

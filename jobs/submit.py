@@ -83,7 +83,7 @@ def executor(chain: Chain, stage: str, asked: Resources, after: Sequence[str]) -
     given = {key.replace("-", "_"): value for key, value in asked.items() if key not in OURS}
     made.update_parameters(
         job_name=scheduler.job_name(chain, stage),
-        comment=f"relay:{chain.name}:{stage}",
+        comment=scheduler.tag(chain, stage),
         dependency=":".join(["afterok", *after]) if after else None,
         stderr_to_stdout=True,
         wckey=None,
@@ -124,10 +124,22 @@ def _make_private(folder: Path) -> None:
         raise EnvironmentProblem(f"{folder}: others can write there; chmod go-w it, or use another --name")
 
 
+def kept(steps: Sequence[Step], live: Mapping[str, str]) -> dict[str, str]:
+    """Stage -> its `live` job, if that may stay: it waits for no job that will be another one."""
+    found: dict[str, str] = {}
+    anew: set[str] = set()
+    for step in steps:
+        if step.action != "skip" and step.stage in live and not anew.intersection(step.needs):
+            found[step.stage] = live[step.stage]
+        elif step.action != "skip":
+            anew.add(step.stage)
+    return found
+
+
 def submit(
     chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], live: Mapping[str, str]
 ) -> list[list[str]]:
-    """Queue the steps, each after those of its parents that are not done; jobs that are `live` are kept.
+    """Queue the steps, each after those of its parents that are not done; `live` jobs are kept where they can be.
 
     `jobs.json` is written after every submission: a launcher that dies half-way is simply run again.
     Returns the rows of a table.
@@ -135,23 +147,22 @@ def submit(
     _make_private(chain.dir.submitted)
     rows = [["stage", "job", "after", "log"]]
     jobs: dict[str, str] = {}
-    kept: set[str] = set()
+    keep = kept(steps, live)
     for step in steps:
         stage = step.stage
         if step.action == "skip":
             rows.append([stage, "done", "", ""])
             continue
-        waiting = [parent for parent in step.needs if parent in jobs]
-        if stage in live and kept.issuperset(waiting):
-            kept.add(stage)
-            jobs[stage] = live[stage]
-            rows.append([stage, f"{live[stage]} (kept)", "", ""])
+        if stage in keep:
+            jobs[stage] = keep[stage]
+            known = scheduler.configuration(chain, stage, keep[stage])
+            rows.append([stage, f"{keep[stage]} (kept{'' if known else ', its configuration is unknown'})", "", ""])
             continue
         if stage in live:  # it waits for a job that is gone
             scheduler.cancel([live[stage]])
         if step.action == "again":
             paths.set_aside(chain.run_dir(stage).path)
-        after = [jobs[parent] for parent in waiting]
+        after = [jobs[parent] for parent in step.needs if parent in jobs]
         task = worker.Task(chain.worker_words(stage, step.words))
         try:
             job = executor(chain, stage, asked[stage], after).submit(task)
@@ -159,7 +170,8 @@ def submit(
             done = ", ".join(f"{name} (job {job})" for name, job in jobs.items()) or "nothing"
             raise EnvironmentProblem(f"{stage}: sbatch: {error}; queued before it: {done}") from None
         jobs[stage] = job.job_id
-        entry = {"job_id": job.job_id, "submitted": state.now(), "log": str(job.paths.stdout)}
+        log = str(job.paths.stdout)
+        entry = {"job_id": job.job_id, "submitted": state.now(), "log": log, "config": dict(step.config)}
         files.write_json(chain.dir.jobs, {**scheduler.submitted(chain), stage: entry})
-        rows.append([stage, job.job_id, " ".join(after), entry["log"]])
+        rows.append([stage, job.job_id, " ".join(after), log])
     return rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,7 @@ from jobs import stages, state
 from jobs.stages import Chain
 from utils import env, files, log
 from utils.errors import InputError, cli
-from utils.paths import ROOT
-
-CHAIN_FILE = ROOT / "jobs" / "chain.yaml"
+from utils.paths import CHAIN_FILE
 
 
 class Task:
@@ -67,10 +66,10 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
                 state.running(chain, stage, resolved, log_file)
                 state.failed(chain, stage, error, log_file)
             raise
-        if rank == 0:
-            state.running(chain, stage, resolved, log_file, inputs)
-        state.wait_until_running(chain, stage)
         try:
+            if rank == 0:
+                state.running(chain, stage, resolved, log_file, inputs)
+            state.wait_until_running(chain, stage)
             paths = {key: source["path"] for key, source in inputs.items() if source["from"]}
             program = importlib.import_module(chain.stages[stage].module)
             result = program.main(chain.argv(stage, words, paths))
@@ -135,7 +134,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     return f"not done: {record['status']}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse(argv: Sequence[str] | None) -> tuple[Chain, str, list[str]]:
+    """The chain, the stage and the words for its program. Raises: InputError."""
     parser = argparse.ArgumentParser(prog="jobs.worker", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("stage")
@@ -143,8 +143,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="chain name: runs/NAME/ (default: the chain file's)")
     arguments, words = parser.parse_known_args(argv)
     chain = stages.load(arguments.file, arguments.name)
-    run(chain, chain.stage(arguments.stage).name, words)
+    return chain, chain.stage(arguments.stage).name, words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run(*parse(argv))
 
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        cli(main)
+    except KeyboardInterrupt:  # the log has the traceback
+        sys.exit(130)

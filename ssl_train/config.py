@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import config
-from utils.config import DeviceName, Precision, ResNet
+from utils.config import ResNet
+from utils.train_config import Sgd, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "mocov2_r50.yaml"
 FLAGS = {
@@ -68,45 +69,22 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
-    lr: float  # at the start of the cosine, for the global batch
-    momentum: float
-    weight_decay: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    run_dir: str  # where config, metrics, checkpoints and backbone.pth go
+class Config(Training):
     data: Data
     model: Model
     augment: Augment
-    optim: Optim
-    batch_size: int  # images in one step of all ranks together
-    epochs: int  # in all, those of a resumed run included
-    seed: int
-    workers: int  # loader processes of each rank; 0: none
-    log_every: int  # steps between two lines of metrics
-    resume: str  # auto: this run's newest checkpoint; never; or a checkpoint's path
-    device: DeviceName
-    precision: Precision  # auto: bf16 where the hardware computes in it
+    optim: Sgd  # lr is the start of the cosine
 
     def problems(self) -> list[str]:
-        model, optim, batch = self.model, self.optim, self.batch_size
+        model = self.model
         rules = [
-            (batch >= 1, f"batch_size={batch}: at least 1"),
-            (self.epochs >= 1, f"epochs={self.epochs}: at least 1"),
-            (self.seed >= 0, f"seed={self.seed}: 0 or more"),
-            (self.workers >= 0, f"workers={self.workers}: 0 or more"),
-            (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
             (model.dim >= 1, f"model.dim={model.dim}: at least 1"),
-            (model.queue >= batch, f"model.queue={model.queue}: at least batch_size={batch}"),
+            (model.queue >= self.batch_size, f"model.queue={model.queue}: at least batch_size={self.batch_size}"),
             (0 <= model.momentum < 1, f"model.momentum={model.momentum}: from 0 to below 1"),
             (model.temperature > 0, f"model.temperature={model.temperature}: above 0"),
-            (optim.lr > 0, f"optim.lr={optim.lr}: above 0"),
-            (0 <= optim.momentum < 1, f"optim.momentum={optim.momentum}: from 0 to below 1"),
-            (optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: 0 or more"),
         ]
-        return [message for holds, message in rules if not holds] + self.augment.problems()
+        found = [message for holds, message in rules if not holds]
+        return self.training_problems() + found + self.optim.problems() + self.augment.problems()
 
 
 def parse(argv: Sequence[str] | None) -> Config:

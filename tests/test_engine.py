@@ -140,7 +140,8 @@ def test_the_start_is_own_newest_then_the_round_before_then_nothing(tmp_path: Pa
     for path in (own / "checkpoint_9999.pth", newest):
         checkpoint.write(path, payload(new_state()))
     assert checkpoint.starting_point("auto", str(parent), own, 0) == (newest, True)
-    assert checkpoint.starting_point("never", str(parent), own, 1) == (parent, False)
+    assert checkpoint.starting_point("never", str(parent), own, 0) == (parent, False)
+    assert checkpoint.starting_point("never", str(parent), own, 1) == (newest, True), "a requeue must not start again"
     assert checkpoint.starting_point(str(parent), None, own, 0) == (parent, False)
     assert checkpoint.starting_point(str(parent), None, own, 1) == (newest, True), "a requeue must not start again"
     with pytest.raises(InputError, match=r"gone\.pth: no such file"):
@@ -183,3 +184,13 @@ def test_another_history_s_checkpoints_are_set_aside_not_counted(tmp_path: Path)
     assert [path.name for path in directory.iterdir()] == ["best.pth"]
     assert (tmp_path / "checkpoints.1" / "checkpoint_0007.pth").exists()
     assert (tmp_path / "checkpoints.2" / "checkpoint_0006.pth").exists()
+
+
+def test_a_kill_while_the_best_is_saved_cannot_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = new_state()
+    state.epoch, state.best = 1, 0.5
+    monkeypatch.setattr(checkpoint, "adopt", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, payload(state), best=True)
+    assert checkpoint.load(tmp_path / "best.pth", "toy", "?")["best"] == 0.5
+    assert checkpoint.newest(tmp_path) is None, "the epoch is done again, and is the best again"

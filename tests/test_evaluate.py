@@ -218,6 +218,27 @@ def test_weights_that_are_not_finite_are_refused(best: Path, tmp_path: Path) -> 
         run.load_detector(tmp_path / "nan.pth")
 
 
+def test_a_detector_whose_scores_overflow_gets_no_report(
+    best: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = checkpoint.read(best)
+    content["model"]["roi_heads.box_predictor.cls_score.weight"][:] = 3e38
+    checkpoint.write(tmp_path / "wild.pth", content)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InputError, match=r"wild\.pth: the detector's scores or boxes are not finite"):
+            run.main(arguments(tmp_path, tmp_path / "wild.pth", dataset))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    (err,) = tmp_path.glob("eval_*")
+    assert err.suffix == ".err"
+    assert err.read_text().startswith(f"rank 0: ERROR 2: {tmp_path / 'wild.pth'}: the detector's scores or boxes")
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_command_line_refuses_a_backbone_with_exit_code_2(dataset: Path, tmp_path: Path) -> None:
     path = backbones(tmp_path)["backbone.pth"]
     answer = ranks.run([sys.executable, "-m", "evaluate.run", *arguments(tmp_path / "run", path, dataset)])

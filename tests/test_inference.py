@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from detect_train.inference import predict
+from detect_train.inference import measure, predict
 from tests.ranks import torchrun
-from utils import dist
+from tests.test_coco import random_case
+from utils import coco, dist
+from utils.errors import DivergedError
 from utils.paths import RunDir
 
 # Not in order, and not exact in float32.
@@ -68,6 +71,14 @@ def cases() -> dict[str, np.ndarray]:
     return {"seven": detect(model), "one": detect(model, length=1), "nothing": nothing}
 
 
+def overflowing(layer: str) -> FasterRCNN:
+    """Every weight is finite, what `layer` computes is not."""
+    model = detector(score_thresh=0.05)
+    torch.nn.init.constant_(model.get_submodule(layer).weight, 3e38)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    return model
+
+
 def test_rows_are_the_model_s_answers_in_original_pixels_sorted_by_image() -> None:
     model = detector()
     rows = detect(model, batch_size=1, workers=1)
@@ -104,6 +115,23 @@ def test_an_image_seen_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         detect(detector())
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "backbone.body.conv1",
+        "rpn.head.cls_logits",
+        "rpn.head.bbox_pred",
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+    ],
+)
+def test_scores_and_boxes_that_are_not_finite_are_an_error(layer: str) -> None:
+    model = overflowing(layer)
+    with pytest.raises(DivergedError, match="scores or boxes are not finite"):
+        detect(model, length=3)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_two_ranks_return_the_array_of_one(tmp_path: Path) -> None:
     answer = torchrun(2, "-m", "tests.test_inference", tmp_path)
     assert answer.returncode == 0, answer.stderr
@@ -114,6 +142,10 @@ def test_two_ranks_return_the_array_of_one(tmp_path: Path) -> None:
             assert together.shape == alone.shape, (name, rank)
             np.testing.assert_array_equal(together, alone, err_msg=f"{name} on rank {rank}")
     assert expected["nothing"].shape == (0, 7)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    stats = coco.evaluate(*random_case(seed=1)).stats
+    assert first == {"stats": stats, "whole": True, "error": "the detector's scores or boxes are not finite"}
+    assert second == {**first, "whole": False}
 
 
 if __name__ == "__main__":
@@ -122,3 +154,10 @@ if __name__ == "__main__":
         assert dist.size() == 2
         for name, rows in cases().items():
             np.save(folder / f"{dist.rank()}_{name}.npy", rows)
+        stats, result = measure(*random_case(seed=1), torch.device("cpu"))
+        answers = {"stats": stats, "whole": bool(result)}
+        try:  # on one rank only: both end, with the same error
+            detect(overflowing("backbone.body.conv1") if dist.rank() == 1 else detector())
+        except DivergedError as error:
+            answers["error"] = str(error)
+        (folder / f"{dist.rank()}.json").write_text(json.dumps(answers))

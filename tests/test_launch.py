@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +103,7 @@ def test_another_configuration_is_refused_not_ignored(here: Checkout) -> None:
     here.local("--chain")
     refused = here.local("--chain", "r2.optim.lr=0.5")
     assert refused.returncode == 2
-    assert "r2 of chain standin is done with another configuration: optim.lr (was 0.003, now 0.5)" in refused.stdout
+    assert "r2 of chain standin is done with another configuration: optim.lr 0.003 -> 0.5" in refused.stdout
     assert here.local("--chain", "r2.optim.lr=0.5", "--name", "other").returncode == 0
 
 
@@ -145,7 +147,7 @@ def test_two_ranks_here_are_torchrun(here: Checkout) -> None:
 
 
 def test_the_launcher_may_be_called_from_anywhere(here: Checkout, tmp_path: Path) -> None:
-    (here.root / "data").mkdir()
+    (here.root / "data/training/images").mkdir(parents=True)
     words = ["--file", f"{here.root}/tests/standin/chain.yaml", "--cluster", "local", "data.labeled=data"]
     command = [sys.executable, f"{here.root}/jobs/launch.py", "--only", "pretrain", *words]
     done = subprocess.run(command, cwd=tmp_path, env=here.environ, capture_output=True, text=True)
@@ -157,6 +159,8 @@ def test_debug_runs_the_stages_in_the_launcher(here: Checkout) -> None:
     done = here.launch("--chain", "--cluster", "debug")
     assert done.returncode == 0, done.stdout
     assert len({here.state(stage)["job_id"] for stage in STAGES}) == 1
+    refused = here.launch("--chain", "--cluster", "debug", "--ranks", "2")
+    assert (refused.returncode, "debug is one process" in refused.stdout) == (2, True)
 
 
 def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
@@ -170,6 +174,32 @@ def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
         (here.root / "go").touch()
         first.communicate()
     assert first.returncode == 0
+
+
+def test_ctrl_c_ends_a_local_launch_with_one_line(here: Checkout) -> None:
+    words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml", "--cluster", "local"]
+    # setsid: Ctrl-C of a terminal goes to all processes of its group
+    with here.start("setsid", *words, "--chain", "pretrain.wait_for=go") as launcher:
+        while not (here.root / "runs/standin/pretrain/state.json").exists():
+            assert launcher.poll() is None
+        os.killpg(launcher.pid, signal.SIGINT)
+        output, _ = launcher.communicate(timeout=60)
+    assert (launcher.returncode, "Traceback" in output) == (130, False)
+    assert "interrupted; the same command goes on from there\n" in output
+    assert here.state("pretrain")["cause"] == "KeyboardInterrupt: KeyboardInterrupt"
+    assert here.local("--only", "pretrain").returncode == 0
+
+
+@pytest.mark.parametrize("words", [["--status"], ["--chain", "--cluster", "local", "--dry-run"]])
+def test_a_reader_that_has_gone_is_no_error(here: Checkout, words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml", *words]
+    done = subprocess.run(
+        command, cwd=here.root, env=here.environ, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("words", [[], ["--from", "r9"], ["--chain", "--sbatch=--mem=1G"], ["--cancel", "--chian"]])

@@ -183,7 +183,7 @@ def test_scripts_one_by_one_pass_their_words_on(tmp_path: Path, cluster: Cluster
 
 def test_the_chain_script_queues_all_stages_from_a_shell_and_from_a_job(tmp_path: Path, cluster: Cluster) -> None:
     here = Checkout(tmp_path, cluster)
-    queued = here.run("bash", "slurm/chain.slurm", *STANDIN)
+    queued = here.run("bash", "slurm/chain.slurm", *STANDIN, SLURM_JOB_ID="1", SLURM_SUBMIT_DIR="/")  # as by salloc
     ids = re.findall(r": job (\d+)$", queued.stdout, re.MULTILINE)
     assert len(ids) == 5, queued.stdout
     assert f"afterok:{ids[3]}" in described(cluster, ids[4])["Dependency"]
@@ -238,6 +238,57 @@ def test_cancel_ends_what_is_queued_and_running(tmp_path: Path, cluster: Cluster
     assert here.launch("--cancel").returncode == 0
     assert [cluster.wait(job) for job in jobs(here).values()] == ["CANCELLED"] * 5
     assert states(here) == ["CANCELLED"] * 5
+
+
+def test_a_live_job_is_kept_only_with_its_own_configuration(tmp_path: Path, cluster: Cluster) -> None:
+    here = Checkout(tmp_path, cluster)
+    launch_small(here, "--chain", "--sbatch=--hold")
+    first = jobs(here)
+    refused = here.launch("--chain", "r2.optim.lr=0.5")
+    assert refused.returncode == 2
+    text = f"r2 is queued (job {first['r2']}) with another configuration: optim.lr 0.003 -> 0.5; --cancel first"
+    assert text in refused.stdout
+    assert [f"# {stage}: kept, job {job}\n" in launch_small(here, "--chain", "--dry-run")
+            for stage, job in first.items()] == [True] * 5  # fmt: skip
+    assert launch_small(here, "--chain", "workers=2").count("(kept)") == 5
+    cluster.run("scancel", first["r1"])
+    assert f"afterok:{first['pretrain']}" in launch_small(here, "--chain", "--dry-run", "r2.optim.lr=0.5")
+    launch_small(here, "--chain", "--sbatch=--hold", "r2.optim.lr=0.5")  # r2 waited for the one that is gone
+    assert [stage for stage in STAGES if jobs(here)[stage] == first[stage]] == ["pretrain"]
+
+
+def test_jobs_that_nobody_wrote_down_are_found_in_their_own_checkout(tmp_path: Path, cluster: Cluster) -> None:
+    here, other = Checkout(tmp_path / "here", cluster), Checkout(tmp_path / "other", cluster)
+    launch_small(here, "--only", "pretrain", "--sbatch=--hold")
+    lost = jobs(here)["pretrain"]
+    (here.root / "runs/standin/jobs.json").unlink()
+    assert f"{lost} (kept, its configuration is unknown)" in launch_small(here, "--only", "pretrain")
+    assert "cancelled: nothing" in other.launch("--cancel").stdout
+    assert f"cancelled: pretrain (job {lost})\n" in here.launch("--cancel").stdout
+    queued = here.run("bash", "slurm/chain.slurm", *STANDIN, "--name", "mine", "wait_for=never")
+    ids = re.findall(r": job (\d+)$", queued.stdout, re.MULTILINE)
+    table = here.table("--name", "mine")
+    assert [table[stage].split()[1] for stage in STAGES[1:]] == ["PENDING"] * 4
+    assert [job in table[stage] for stage, job in zip(STAGES, ids, strict=True)] == [True] * 5
+    listed = ", ".join(f"{stage} (job {job})" for stage, job in zip(STAGES, ids, strict=True))
+    assert here.launch("--cancel", "--name", "mine").stdout == f"cancelled: {listed}\n"
+    assert [cluster.wait(job) for job in ids] == ["CANCELLED"] * 5
+
+
+def test_a_launch_needs_no_accounting_and_a_squeue_that_answers(tmp_path: Path, cluster: Cluster) -> None:
+    here = Checkout(tmp_path, cluster)
+    launch_small(here, "--only", "pretrain", "--sbatch=--hold")
+    text = (here.root / "runs/standin/jobs.json").read_text()
+    cluster.run("scancel", jobs(here)["pretrain"])
+    (here.root / "runs/standin/jobs.json").write_text(text.replace(jobs(here)["pretrain"], "999999"))
+    (here.root / "bin").mkdir()
+    here.environ["PATH"] = f"{here.root}/bin:{here.environ['PATH']}"
+    for program in ("sacct", "squeue"):
+        (here.root / "bin" / program).write_text(f"#!/bin/sh\necho {program} is down >&2\nexit 1\n")
+        (here.root / "bin" / program).chmod(0o755)
+        assert f"{program} is down" in here.launch("--status").stdout
+        launched = here.launch("--only", "pretrain", "--sbatch=--hold")
+        assert launched.returncode == {"sacct": 0, "squeue": 75}[program], launched.stdout
 
 
 def test_a_requeued_job_goes_on_as_the_same_job(tmp_path: Path, cluster: Cluster) -> None:

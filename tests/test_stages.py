@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import stages, state
+from jobs import preflight, stages, state
 from jobs.overrides import distribute
+from jobs.plan import Step
 from jobs.stages import Chain, word
 from tests.checkout import STAGES
 from utils import config, files, paths, typed_yaml
@@ -41,12 +42,14 @@ def a_stage(**inputs: str) -> dict[str, Any]:
     return {**fields, "inputs": inputs} if inputs else fields
 
 
-@pytest.mark.parametrize("file", ["jobs/chain.yaml", "jobs/demo.yaml"])
-def test_the_shipped_chains_load_and_every_stage_knows_its_inputs(file: str) -> None:
-    chain = stages.load(ROOT / file)
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_stage_of_a_shipped_chain_resolves_with_its_inputs(file: Path) -> None:
+    chain = stages.load(file)
     assert list(chain.stages) == STAGES
     for stage in chain.stages.values():
-        assert set(stage.inputs) <= set(stage.keys())
+        data = "data.unlabeled" if stage.name == "pretrain" else "data.labeled"
+        resolved = chain.resolve(stage.name, [f"{data}=there"])
+        assert {key: resolved[key] for key in stage.inputs} == stage.inputs
 
 
 def test_the_order_follows_from_the_inputs(tmp_path: Path) -> None:
@@ -125,6 +128,41 @@ def test_every_word_that_fits_nowhere_or_differently_is_listed(chain: Chain) -> 
     ]
 
 
+def foreseen(stage: str, *words: str, ranks: int = 1) -> list[str]:
+    """What the reference chain's preflight says about a stage."""
+    chain = stages.load(paths.CHAIN_FILE)
+    return list(preflight.problems(chain, Step(stage, "run", words, chain.resolve(stage, words), []), ranks))
+
+
+def test_only_what_trains_splits_its_batch_over_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "training/images").mkdir(parents=True)
+    words = [f"data.labeled={tmp_path}", "batch_size=4"]
+    assert foreseen("r1", *words, ranks=3) == ["batch_size=4 cannot be split over 3 ranks"]
+    assert foreseen("eval", *words, "data.split=training", ranks=3) == []
+
+
+@pytest.mark.parametrize("key", ["data.classes", "backbone", "init", "best", "resume"])
+def test_every_file_that_is_named_must_be_there(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "labeled/training/images").mkdir(parents=True)
+    words = ["data.labeled=~/", "init=r1.last", f"{key}=~/a.pth"]
+    assert foreseen("r2", *words) == [f"{key}={tmp_path}/a.pth: no such file"]
+    (tmp_path / "a.pth").touch()
+    assert foreseen("r2", *words) == []
+
+
+def test_a_folder_of_data_has_the_split_or_images(tmp_path: Path) -> None:
+    (tmp_path / "labeled/training/images").mkdir(parents=True)
+    assert foreseen("r1", f"data.labeled={tmp_path}") == []
+    assert foreseen("eval", f"data.labeled={tmp_path}", "data.split=validation") == [
+        f"data.labeled: {tmp_path}: no folder validation/images or labeled/validation/images in it"
+    ]
+    empty = f"data.unlabeled: {tmp_path}: no image in it (.png, .jpg, .jpeg)"
+    assert foreseen("pretrain", f"data.unlabeled={tmp_path}") == [empty]
+    (tmp_path / "labeled/1.JPEG").touch()
+    assert foreseen("pretrain", f"data.unlabeled={tmp_path}") == []
+
+
 def finish(chain: Chain, stage: str, text: str = "") -> None:
     """Leave the marker and the outputs of a stage that is done."""
     resolved, run_dir = chain.resolve(stage, []), chain.run_dir(stage)
@@ -163,10 +201,12 @@ def test_done_means_done_with_this_configuration(chain: Chain) -> None:
     finish(chain, "pretrain")
     finish(chain, "r1")
     assert state.is_done(chain, "r1", chain.resolve("r1", ["workers=9", "resume=never"]))
-    with pytest.raises(InputError, match=r"optim.lr \(was 0.03, now 0.1\); use --from r1 .* or --name"):
+    with pytest.raises(InputError, match=r"optim.lr 0.03 -> 0.1; use --from r1 .* or --name"):
         state.is_done(chain, "r1", chain.resolve("r1", ["--lr", "0.1"]))
-    with pytest.raises(InputError, match=r"backbone \(was pretrain.backbone, now other.pth\)"):
+    with pytest.raises(InputError, match=r"backbone pretrain.backbone -> other.pth"):
         state.is_done(chain, "r1", chain.resolve("r1", ["--bp", "other.pth"]))
+    path = chain.run_dir("pretrain").path / "backbone"
+    assert state.is_done(chain, "r1", chain.resolve("r1", ["--bp", str(path)]))
 
 
 def test_the_marker_survives_a_failure_of_another_attempt(chain: Chain, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_finished_stage_leaves_its_whole_marker_and_is_not_run_twice(here: Che
     assert (again.returncode, "r1 is already done" in again.stdout) == (0, True)
     other = here.worker("r1", "--lr", "0.6")
     assert other.returncode == 2
-    assert "done with another configuration: optim.lr (was 0.5, now 0.6)" in other.stdout
+    assert "done with another configuration: optim.lr 0.5 -> 0.6" in other.stdout
     assert here.state("r1") == marker
 
 
@@ -91,6 +91,13 @@ def test_inputs_given_by_hand_need_no_parent(here: Checkout) -> None:
     assert here.made("r2", "other") == "r2:0.003"
     refused = here.worker("r1", "--bp", "yours.txt", "--name", "third")
     assert (refused.returncode, "ERROR 2: backbone: yours.txt: no such file" in refused.stdout) == (2, True)
+
+
+def test_a_file_in_the_home_directory_is_found_there(here: Checkout) -> None:
+    (here.root / "mine.txt").write_text("mine")
+    words = here.worker_command("r1", "backbone=~/mine.txt")
+    assert here.run(*words, HOME=str(here.root)).returncode == 0
+    assert here.made("r1") == "mine r1:0.03"
 
 
 def test_words_pass_through_in_any_order_and_bad_ones_leave_the_marker_alone(here: Checkout) -> None:

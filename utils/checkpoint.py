@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import files, log, paths
+from utils import dist, files, log, paths
 from utils.errors import InputError
 
 FORMAT = "relay-1"
@@ -80,9 +80,11 @@ def restore(state: Any, saved: Mapping[str, Any], *, same_round: bool) -> None:
 def save(directory: Path, content: Mapping[str, Any], *, best: bool) -> Path:
     """Write `checkpoint_<last epoch>.pth` atomically; keep the newest two and, as `best.pth`, the best."""
     path = directory / f"checkpoint_{content['epochs_done'] - 1:04d}.pth"
-    write(path, content)
-    if best:
-        adopt(path, directory / BEST)
+    if best:  # first: after a kill in between, the epoch is done again and is the best again
+        write(directory / BEST, content)
+        adopt(directory / BEST, path)
+    else:
+        write(path, content)
     for old in everything(directory)[:-KEEP]:
         old.unlink()
     return path
@@ -122,10 +124,17 @@ def newest(directory: Path) -> Path | None:
 def starting_point(resume: str, init: str | None, directory: Path, restarts: int) -> tuple[Path | None, bool]:
     """(the checkpoint to start from or None, whether it belongs to this same round).
 
-    `auto`: this run's newest, else the round before (`init`). `never`: only `init`. A path: that file, unless
-    the job was requeued since: then this run's newest is further. Raises: InputError when a named file is missing.
+    `auto`: this run's newest, else the round before (`init`). `never`: only `init`. A path: that file. Once the job
+    was requeued, this run's newest is further than any of them. Raises: InputError when a named file is missing.
     """
-    own = newest(directory) if resume == "auto" or (resume != "never" and restarts) else None
+    path, same_round = _starting_point(resume, init, directory, restarts)
+    # one choice for all: file systems may show nodes different listings
+    agreed = dist.agree(f"{int(same_round)}{path or ''}")
+    return Path(agreed[1:]) if agreed[1:] else None, agreed[0] == "1"
+
+
+def _starting_point(resume: str, init: str | None, directory: Path, restarts: int) -> tuple[Path | None, bool]:
+    own = newest(directory) if resume == "auto" or restarts else None
     if own:
         return own, True
     named = resume if resume not in ("auto", "never") else init

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import env, files, log
 from utils.config import DeviceName
-from utils.device import pick
+from utils.device import describe, pick
 from utils.errors import EnvironmentProblem
 from utils.paths import RunDir
 
@@ -32,16 +32,16 @@ RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
 def session(device: DeviceName, run_dir: RunDir, workers: int = 0) -> Iterator[torch.device]:
     """Join this run's ranks (NCCL on CUDA, gloo on the CPU), start this rank's log, and yield its device.
 
-    On the CPU this rank's `workers` loader processes get cores of their own: sharing costs several times as much.
+    This rank's `workers` loader processes get cores of their own: on the CPU sharing costs several times as much.
 
     Raises: EnvironmentProblem when the ranks cannot find each other or the device is not there.
     """
     world = env.world()
     log.setup(world.rank, run_dir.rank_log(env.job_id(), env.restarts(), world.rank))
     chosen = pick(device, world.local_rank)
-    if chosen.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) // world.local_size
-        torch.set_num_threads(max(1, cores - workers))
+    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // world.local_size)
+    torch.set_num_threads(max(1, cores - workers))
+    log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {describe(chosen)}")
     if world.size == 1:
         yield chosen
         return
@@ -71,14 +71,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-@contextlib.contextmanager
-def first_rank_first() -> Iterator[None]:
-    """Run the block on rank 0, then on the others, which find what it left in a file."""
-    if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+def agree(value: str) -> str:
+    """Rank 0's `value` on every rank."""
+    holder = [value]
+    if size() > 1:
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

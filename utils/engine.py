@@ -50,8 +50,6 @@ def fit(
 
     Random numbers drawn in a step depend on (seed, step, rank) only, so a resumed run draws the same ones.
     """
-    for hook in hooks:
-        hook.before_train(state)
     while state.epoch < epochs:
         loader.batch_sampler.set_epoch(state.epoch)  # type: ignore[union-attr]
         state.model.train()
@@ -72,5 +70,3 @@ def fit(
         state.epoch += 1
         for hook in hooks:
             hook.after_epoch(state)
-    for hook in hooks:
-        hook.after_train(state)

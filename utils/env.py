@@ -1,4 +1,4 @@
-"""What the launcher says about this process: rank, world, job, restarts. The only reader of those variables."""
+"""What the launcher says about this process: rank, world, job, restarts."""
 
 from __future__ import annotations
 

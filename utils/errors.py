@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+LONGEST = 300  # characters of a one-line cause
 
 
 class RelayError(Exception):
@@ -18,12 +21,6 @@ class InputError(RelayError, ValueError):
     """Bad input: configuration, data, arguments, a parent stage that is not done."""
 
     exit_code = 2
-
-
-class CheckpointError(RelayError):
-    """Checkpoints exist, but none can be used."""
-
-    exit_code = 3
 
 
 class DivergedError(RelayError):
@@ -40,13 +37,24 @@ class EnvironmentProblem(RelayError):
 
 def exit_code(error: BaseException) -> int:
     """The exit code `error` ends a program with; 1 for anything unexpected."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return EnvironmentProblem.exit_code
     return error.exit_code if isinstance(error, RelayError) else 1
 
 
+def message(error: BaseException) -> str:
+    """The text of `error`; of one that a loader worker passed on, without the traceback around it."""
+    text = str(error)
+    if text.startswith("Caught "):
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def one_line(error: BaseException) -> str:
-    """`error` as the single line that state files and `--status` show."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, RelayError) else f"{type(error).__name__}: {text}"
+    """`error` as the single line, of bounded length, that state files and `--status` show."""
+    text = " ".join(message(error).split()) or type(error).__name__
+    text = text if isinstance(error, RelayError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def cli(main: Callable[[], Any]) -> None:
@@ -59,5 +67,5 @@ def cli(main: Callable[[], Any]) -> None:
     except Exception as error:
         if not isinstance(error, RelayError):
             traceback.print_exc()
-        print(f"ERROR {exit_code(error)}: {error}", file=sys.stderr, flush=True)
+        print(f"ERROR {exit_code(error)}: {message(error)}", file=sys.stderr, flush=True)
         sys.exit(exit_code(error))

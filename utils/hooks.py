@@ -1,4 +1,4 @@
-"""What happens around the training loop: five methods that do nothing, and the two hooks every program uses."""
+"""What happens around the training loop: three methods that do nothing, and the two hooks every program uses."""
 
 from __future__ import annotations
 
@@ -22,15 +22,11 @@ if TYPE_CHECKING:
 class Hook:
     """A hook overrides what it needs. Hooks run in the order they are given."""
 
-    def before_train(self, state: TrainState) -> None: ...
-
     def before_epoch(self, state: TrainState) -> None: ...
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None: ...
 
     def after_epoch(self, state: TrainState) -> None: ...
-
-    def after_train(self, state: TrainState) -> None: ...
 
 
 class LogMetrics(Hook):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,10 +121,13 @@ def make(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
     )
 
 
-def _one_thread(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # Slurm sends a job's warning signal to all its processes; the handler a worker inherits is its parent's business.
+    for warning in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(warning, signal.SIG_IGN)

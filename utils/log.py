@@ -14,13 +14,14 @@ FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
 
 def setup(rank: int, file: Path) -> None:
-    """Send this rank's messages to `file` and, on rank 0, to standard output. A second call changes nothing.
+    """Send this rank's messages to `file`, no longer to an earlier one, and on rank 0 to standard output.
 
     Crashes inside C code leave their Python stack in `file` too.
     """
-    if logger.handlers:
-        return
     file.parent.mkdir(parents=True, exist_ok=True)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
     handlers: list[logging.Handler] = [logging.FileHandler(file)]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))

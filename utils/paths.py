@@ -11,6 +11,8 @@ from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
+CHAIN_FILE = ROOT / "jobs" / "chain.yaml"
+SHARED = ("labels", "staged", "submitted")  # folders of a chain beside its stages
 NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
@@ -88,6 +90,8 @@ class ChainDir:
         return cls(RUNS / check_name(name, "chain name"))
 
     def stage(self, stage: str) -> RunDir:
+        if stage in SHARED:
+            raise InputError(f"stage name {stage!r}: the chain's directory has a folder of that name")
         return RunDir(self.path / check_name(stage, "stage name"))
 
     @property

@@ -1,0 +1,45 @@
+"""The part of a configuration that every training program has. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.config import DeviceName, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd:
+    lr: float  # for the global batch; the program says how it goes on from there
+    momentum: float
+    weight_decay: float
+
+    def problems(self) -> list[str]:
+        rules = [
+            (self.lr > 0, f"lr={self.lr}: above 0"),
+            (0 <= self.momentum < 1, f"momentum={self.momentum}: from 0 to below 1"),
+            (self.weight_decay >= 0, f"weight_decay={self.weight_decay}: 0 or more"),
+        ]
+        return [f"optim.{message}" for holds, message in rules if not holds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    run_dir: str  # where config, metrics and checkpoints go
+    batch_size: int  # images in one step of all ranks together
+    epochs: int  # in all: those of a resumed run and of the rounds before included
+    seed: int
+    workers: int  # loader processes of each rank; 0: none
+    log_every: int  # steps between two lines of metrics
+    resume: str  # auto: this run's newest checkpoint; never; or a checkpoint's path
+    device: DeviceName
+    precision: Precision  # auto: bf16 where the hardware computes in it
+
+    def training_problems(self) -> list[str]:
+        rules = [
+            (self.batch_size >= 1, f"batch_size={self.batch_size}: at least 1"),
+            (self.epochs >= 1, f"epochs={self.epochs}: at least 1"),
+            (self.seed >= 0, f"seed={self.seed}: 0 or more"),
+            (self.workers >= 0, f"workers={self.workers}: 0 or more"),
+            (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
+        ]
+        return [message for holds, message in rules if not holds]
