@@ -114,9 +114,11 @@ def queued(chain: Chain) -> list[tuple[str, str]]:
             running[record["job_id"]] = stage
     found = []
     for line in call("squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%k|%Z").splitlines():
-        job, comment, folder = line.split("|", 2)
-        if stage := tags.get(comment, "") if Path(folder).resolve() == ROOT else running.get(job, ""):
-            found.append((stage, job))
+        job, _, rest = line.partition("|")
+        comment, _, folder = rest.rpartition("|")
+        owner = running.get(job) or (tags.get(comment) if Path(folder).resolve() == ROOT else None)
+        if owner:
+            found.append((owner, job))
     return sorted(found, key=lambda item: int(item[1]))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.clone import clone, environ
 from tests.cluster import Cluster
+from utils import checkpoint
 from utils.paths import ROOT
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -91,3 +92,20 @@ def test_chain_slurm_queues_the_five_stages(here: Path, cluster: Cluster) -> Non
     jobs = re.findall(r"job (\d+)", output)
     assert [cluster.wait(job, timeout=300) for job in jobs] == ["COMPLETED"] * 5
     assert list(here.glob("runs/mine/eval/eval_*.out"))
+
+
+@pytest.mark.slurm
+def test_two_nodes_train_one_detector(here: Path, cluster: Cluster) -> None:
+    run(
+        here,
+        cluster,
+        "source .venv/bin/activate\npython -m jobs.worker pretrain --file jobs/demo.yaml --name two_nodes",
+    )
+    words = "--name two_nodes --dataset-root data/demo/labeled.sqsh"
+    run(here, cluster, f"sbatch --wait --nodes=2 slurm/demo_mocov2_fpn_r1.slurm {words}")
+    saved = checkpoint.read(here / "runs/two_nodes/r1/checkpoints/best.pth")
+    assert (saved["world_size"], saved["step"]) == (2, 24 // 4)
+    assert {path.name.rpartition("_")[2] for path in (here / "runs/two_nodes/r1/logs").glob("*.log")} == {
+        "rank0.log",
+        "rank1.log",
+    }

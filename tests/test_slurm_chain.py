@@ -265,6 +265,9 @@ def test_jobs_that_nobody_wrote_down_are_found_in_their_own_checkout(tmp_path: P
     assert f"{lost} (kept, its configuration is unknown)" in launch_small(here, "--only", "pretrain")
     assert "cancelled: nothing" in other.launch("--cancel").stdout
     assert f"cancelled: pretrain (job {lost})\n" in here.launch("--cancel").stdout
+    plain = sbatch(here, cluster, *SMALL, "slurm/pretrain_mocov2.slurm", *STANDIN, "wait_for=never")
+    wait_until_running(here, "pretrain")
+    assert here.launch("--cancel").stdout == f"cancelled: pretrain (job {plain})\n"
     queued = here.run("bash", "slurm/chain.slurm", *STANDIN, "--name", "mine", "wait_for=never")
     ids = re.findall(r": job (\d+)$", queued.stdout, re.MULTILINE)
     table = here.table("--name", "mine")
