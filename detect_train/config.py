@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import config
-from utils.config import OnError, ResNet
-from utils.train_config import Sgd, Training
+from utils.shared_config import OnError, ResNet, Sgd, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "r1.yaml"
 FLAGS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import config
-from utils.config import DeviceName, OnError, Precision
+from utils.shared_config import DeviceName, OnError, Precision
 
 DEFAULT = Path(__file__).parent / "configs" / "eval.yaml"
 FLAGS = {

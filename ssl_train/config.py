@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import config
-from utils.config import ResNet
-from utils.train_config import Sgd, Training
+from utils.shared_config import ResNet, Sgd, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "mocov2_r50.yaml"
 FLAGS = {

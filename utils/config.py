@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -22,11 +22,6 @@ from utils import typed_yaml
 from utils.errors import InputError
 
 T = TypeVar("T")
-# Types that several configurations share.
-ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
-DeviceName = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 Layer = tuple[str, dict[str, Any]]  # where it came from -> dotted key: value
 
 

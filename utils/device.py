@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from utils.config import DeviceName, Precision
 from utils.errors import EnvironmentProblem
+from utils.shared_config import DeviceName, Precision
 
 
 def pick(name: DeviceName, local_rank: int) -> torch.device:

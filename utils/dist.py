@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import env, files, log
-from utils.config import DeviceName
 from utils.device import describe, pick
 from utils.errors import EnvironmentProblem
 from utils.paths import RunDir
+from utils.shared_config import DeviceName
 
 # Longer than any step, validation pass or save; a rank that is stopped ends the others after it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from utils import files, images, label_files, log
-from utils.config import OnError
 from utils.errors import InputError
+from utils.shared_config import OnError
 
 FORMAT = 1  # of the cache; raise it with its content or with a check
 ARRAYS = ("ids", "sizes", "offsets", "boxes", "labels")

@@ -1,10 +1,14 @@
-"""The part of a configuration that every training program has. Torch-free."""
+"""What the configurations of several programs have in common. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from utils.config import DeviceName, Precision
+ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
+DeviceName = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 
 
 @dataclass(frozen=True, kw_only=True)
