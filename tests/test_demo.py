@@ -24,7 +24,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
 def test_two_archives_become_a_detector_and_its_table(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     here, done = demo
     assert done.returncode == 0, done.stdout[-3000:]
-    table = re.findall(r"^ Average (?:Precision|Recall)  \(A[PR]\) @\[.*\] = (-?\d\.\d{3})$", done.stdout, re.MULTILINE)
+    table = re.findall(r"^ Average (?:Precision|Recall) +\(A[PR]\) @\[.*\] = (-?\d\.\d{3})$", done.stdout, re.MULTILINE)
     assert len(table) == 24, "once when it is evaluated, once at the end"
     assert float(table[13]) >= ENOUGH
     metrics = json.loads((here / "runs/demo/eval/metrics.json").read_text())
