@@ -93,7 +93,7 @@ def train(
         detection_loss(dist.parallel(state.model, device), device),
         [
             hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
-            Validate(validation, writer, batch_size=cfg.batch_size, precision=precision, **shared),
+            Validate(validation, writer, batch_size=cfg.batch_size // dist.size(), precision=precision, **shared),
             hooks.SaveCheckpoints(run_dir.checkpoints, payload),
         ],
         epochs=cfg.epochs,
