@@ -178,8 +178,9 @@ def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
 
 def test_ctrl_c_ends_a_local_launch_with_one_line(here: Checkout) -> None:
     words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml", "--cluster", "local"]
-    # setsid: Ctrl-C of a terminal goes to all processes of its group
-    with here.start("setsid", *words, "--chain", "pretrain.wait_for=go") as launcher:
+    # setsid: Ctrl-C of a terminal goes to all processes of its group; a background shell has its children ignore it
+    words = ["setsid", "env", "--default-signal=INT", *words]
+    with here.start(*words, "--chain", "pretrain.wait_for=go") as launcher:
         while not (here.root / "runs/standin/pretrain/state.json").exists():
             assert launcher.poll() is None
         os.killpg(launcher.pid, signal.SIGINT)
