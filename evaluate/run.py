@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             cause = str(error) if isinstance(error, RelayError) else traceback.format_exc()
             file.write(f"rank {dist.rank()}: ERROR {exit_code(error)}: {cause}\n")
         raise
-    outputs = {"report": out, "metrics": run_dir.metrics_summary}
+    outputs = {"report": out, "metrics": run_dir.report_json}
     return {"outputs": outputs, "metrics": stats, "epochs": epochs}
 
 
@@ -140,7 +140,7 @@ def write(
         "per_class": result.per_class,
     }
     out = run_dir.report(content["job"])
-    files.write_json(run_dir.metrics_summary, content)
+    files.write_json(run_dir.report_json, content)
     files.write_text(out.with_suffix(".err"), "".join(f"left out: {problem}\n" for problem in index.problems))
     files.write_text(out, report.render(content, result.table))
     log.info(f"AP of {cfg.checkpoint} on {index.split}\n{result.table}\nreport: {out}")

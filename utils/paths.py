@@ -75,7 +75,7 @@ class RunDir:
         return self.path / f"eval_{job_id}.out"
 
     @property
-    def metrics_summary(self) -> Path:
+    def report_json(self) -> Path:
         return self.path / "metrics.json"
 
 
