@@ -12,7 +12,7 @@ import torch
 from detect_train.backbone import load_backbone
 from detect_train.config import Config
 from detect_train.model import build
-from utils import checkpoint, dist, log, optim
+from utils import checkpoint, checkpoint_files, dist, log, optim, resume
 from utils.engine import TrainState
 from utils.errors import InputError
 
@@ -31,7 +31,12 @@ FREE = {
 
 
 def start(
-    cfg: Config, identity: Identity, saved: Mapping[str, Any] | None, same_round: bool, device: torch.device
+    cfg: Config,
+    identity: Identity,
+    saved: Mapping[str, Any] | None,
+    same_round: bool,
+    conditions: Mapping[str, Any],
+    device: torch.device,
 ) -> TrainState:
     """The model and its optimizer as `saved` left them, or new with the backbone's weights.
 
@@ -49,22 +54,34 @@ def start(
     state = TrainState(model, sgd)
     if saved:
         check_same(identity, saved)
-        checkpoint.restore(state, saved, same_round=same_round)
+        world = cfg.allow_world_change
+        resume.restore(state, saved, same_round=same_round, conditions=conditions, allow_world_change=world)
         if state.epoch >= cfg.epochs:
             raise InputError(f"epochs={cfg.epochs}: the {state.epoch} of the rounds before count too; give more")
         log.info(f"{'going on' if same_round else 'a new round'} after {state.epoch} epochs, {state.step} steps")
     return state
 
 
-def adopt_best(cfg: Config, identity: Identity, state: TrainState, directory: Path) -> None:
-    """Begin a new round with the best checkpoint so far, if given; without it the best is this round's own."""
+def take_best(
+    cfg: Config, identity: Identity, state: TrainState, directory: Path, saved: Mapping[str, Any] | None
+) -> None:
+    """See that `directory` has the best checkpoint so far under its name.
+
+    A new round begins with the one of the rounds before, if given; without it the best is this round's own. A round
+    that goes on from `saved` may have been killed between saving that and naming it the best.
+    """
+    if saved:
+        if saved["is_best"] and dist.rank() == 0:
+            checkpoint.adopt(directory / checkpoint.file_name(saved), directory / checkpoint_files.BEST)
+        return
     state.best = None
     if cfg.best:
+        dist.from_rank_0(lambda: str(checkpoint_files.verify(Path(cfg.best or ""))))
         best = checkpoint.load(Path(cfg.best), "detector", REMEDY)
         check_same(identity, best)
         state.best = best["best"]
         if dist.rank() == 0:
-            checkpoint.adopt(Path(cfg.best), directory / checkpoint.BEST)
+            checkpoint.adopt(Path(cfg.best), directory / checkpoint_files.BEST)
 
 
 def check_same(identity: Identity, saved: Mapping[str, Any]) -> None:

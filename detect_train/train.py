@@ -25,21 +25,36 @@ from detect_train import rounds
 from detect_train.config import Config, parse
 from detect_train.data import DetectionImages, Target, collate
 from detect_train.validation import Validate
-from utils import checkpoint, config, dist, engine, env, files, hooks, labels, loader, optim, paths, squashfs
+from utils import (
+    checkpoint,
+    checkpoint_files,
+    config,
+    dist,
+    engine,
+    env,
+    files,
+    hooks,
+    labels,
+    loader,
+    optim,
+    paths,
+    resume,
+    squashfs,
+)
 from utils.device import resolve_precision
 from utils.engine import LossFn, Scalars, TrainState
 from utils.errors import InputError, cli
 from utils.labels import LabelIndex
-from utils.metrics import MetricsWriter
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train one round. Returns outputs `last` and `best`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
     run_dir = paths.RunDir(Path(cfg.run_dir))
-    with dist.session(cfg.device, run_dir, cfg.workers) as device:
+    how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
+    with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
         directory = run_dir.checkpoints
-        path, same_round = checkpoint.starting_point(cfg.resume, cfg.init, directory, env.restarts())
+        path, same_round = resume.starting_point(cfg.resume, cfg.init, directory, env.restarts())
         saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
         if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
@@ -48,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         else:
             state = train(cfg, run_dir, device, saved, same_round)
             epochs, best, summary = state.epoch, state.best, state.summary
-        last = checkpoint.newest(directory)
+        last = checkpoint_files.newest(directory)
     return {
-        "outputs": {"last": last, "best": directory / checkpoint.BEST},
+        "outputs": {"last": last, "best": directory / checkpoint_files.BEST},
         "metrics": {**summary, "best_AP": best},
         "epochs": epochs,
     }
@@ -67,35 +82,35 @@ def train(
     if cfg.model.norm == "sync" and device.type == "cpu" and dist.size() > 1:
         raise InputError("model.norm=sync: on the CPU only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
-    training, validation = read_labels(cfg, run_dir)
+    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
+    training, validation = read_labels(cfg, run_dir, root)
     batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
     identity: dict[str, Any] = {
         "architecture": {"num_classes": 1 + len(training.classes), **asdict(cfg.model)},
         "classes": list(training.classes),
     }
-    state = rounds.start(cfg, identity, saved, same_round, device)
+    conditions = checkpoint.conditions(cfg, data=squashfs.fingerprint(root), device=device, precision=precision, optim=asdict(cfg.optim))
+    state = rounds.start(cfg, identity, saved, same_round, conditions, device)
     if dist.rank() == 0:
-        checkpoint.make_room(run_dir.checkpoints, state.epoch if same_round else 0)
-    if not same_round:
-        rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
+        resume.make_room(run_dir.checkpoints, saved if same_round else None)
+    rounds.take_best(cfg, identity, state, run_dir.checkpoints, saved if same_round else None)
 
     def payload(state: TrainState) -> dict[str, Any]:
         return checkpoint.payload(
-            "detector", state=state, config=config.to_dict(cfg), world_size=dist.size(), **identity
+            "detector", state=state, config=config.to_dict(cfg), conditions=conditions, **identity
         )
 
+    def files_of(epoch: int, batch: int) -> list[Path]:
+        return [training.path(index) for index in batches.indices(epoch, batch)]
+
     images = loader.Seeded(DetectionImages(training, flip=True), cfg.seed)
-    writer = MetricsWriter(run_dir.metrics, state.step)
-    shared: dict[str, Any] = {"workers": cfg.workers, "device": device}
+    metrics, save = hooks.standard(run_dir, state, cfg, payload, files_of)
+    how: dict[str, Any] = {"workers": cfg.workers, "device": device, "precision": precision}
     engine.fit(
         state,
-        loader.make(images, batches, collate=collate, **shared),
+        loader.make(images, batches, collate=collate, workers=cfg.workers, device=device),
         detection_loss(dist.parallel(state.model, device), device),
-        [
-            hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
-            Validate(validation, writer, batch_size=cfg.batch_size // dist.size(), precision=precision, **shared),
-            hooks.SaveCheckpoints(run_dir.checkpoints, payload),
-        ],
+        [metrics, Validate(validation, metrics.writer, batch_size=cfg.batch_size // dist.size(), **how), save],
         epochs=cfg.epochs,
         schedule=optim.constant(cfg.optim.lr, cfg.optim.warmup_steps, state.start_step),
         seed=cfg.seed,
@@ -105,9 +120,8 @@ def train(
     return state
 
 
-def read_labels(cfg: Config, run_dir: paths.RunDir) -> list[LabelIndex]:
+def read_labels(cfg: Config, run_dir: paths.RunDir, root: Path) -> list[LabelIndex]:
     """The training and the validation split, both checked before anything is trained."""
-    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
     classes = labels.read_classes(Path(cfg.data.classes)) if cfg.data.classes else None
     caches = {split: run_dir.label_index(split) for split in ("training", "validation")}
     indexes = labels.load_splits(root, caches, classes=classes, on_error=cfg.data.on_error)

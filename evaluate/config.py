@@ -36,6 +36,7 @@ class Config:
     workers: int  # loader processes of each rank; 0: none
     device: DeviceName
     precision: Precision  # auto: bf16 where the hardware computes in it
+    collective_timeout: float  # seconds without an answer after which a rank or loader process counts as lost
 
     def problems(self) -> list[str]:
         found = []
@@ -43,6 +44,8 @@ class Config:
             found.append(f"batch_size={self.batch_size}: at least 1")
         if self.workers < 0:
             found.append(f"workers={self.workers}: 0 or more")
+        if not self.collective_timeout > 0:
+            found.append(f"collective_timeout={self.collective_timeout}: above 0")
         return found
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.models.detection import FasterRCNN
 
 from detect_train.data import DetectionImages
 from detect_train.inference import measure, predict
@@ -31,7 +32,8 @@ from evaluate import config, report
 from utils import checkpoint, coco, dist, env, files, labels, log, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
-from utils.errors import DivergedError, InputError, RelayError, cli, exit_code
+from utils.errors import DivergedError, InputError, RelayError, cli, exit_code, one_line
+from utils.label_files import is_class_name
 
 PACKAGES = ("torch", "torchvision", "pycocotools")  # whose versions the report names
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run_dir = paths.RunDir(Path(cfg.run_dir))
     out = run_dir.report(env.job_id())
     try:
-        with dist.session(cfg.device, run_dir, cfg.workers) as device:
+        with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, workers=cfg.workers) as device:
             stats, epochs = evaluate(cfg, run_dir, device)
     except Exception as error:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
     saved = load_detector(Path(cfg.checkpoint))
-    model, classes = from_checkpoint(saved)
+    model, classes = make_detector(cfg.checkpoint, saved)
     root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
     index = labels.load(root, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
@@ -103,6 +105,17 @@ def load_detector(path: Path) -> dict[str, Any]:
     if bad := [name for name, value in saved["model"].items() if not torch.isfinite(value).all()]:
         raise InputError(f"{path}: {len(bad)} tensors are not finite, first {bad[0]}: the training diverged")
     return saved
+
+
+def make_detector(path: str, saved: dict[str, Any]) -> tuple[FasterRCNN, tuple[str, ...]]:
+    """The detector of a checkpoint and its classes. Raises: InputError when its parts contradict each other."""
+    names, count = saved["classes"], saved["architecture"].get("num_classes")
+    if not all(map(is_class_name, names)) or len(set(names)) != len(names) or count != len(names) + 1:
+        raise InputError(f"{path}: {len(names)} distinct class names expected for num_classes={count}")
+    try:
+        return from_checkpoint(saved)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its weights are not those of the architecture it names: {one_line(error)}") from None
 
 
 def is_backbone(content: dict[str, Any]) -> bool:

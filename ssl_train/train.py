@@ -10,7 +10,7 @@ configuration is given as `model.queue=16384`. The same command again goes on fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,59 +18,80 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from ssl_train.config import Config, parse
 from ssl_train.data import UnlabeledImages, random_view
 from ssl_train.export import export
 from ssl_train.model import MoCo, accuracy
-from utils import checkpoint, config, dist, engine, env, files, hooks, loader, optim, paths, squashfs
+from utils import (
+    checkpoint,
+    checkpoint_files,
+    config,
+    dist,
+    engine,
+    env,
+    files,
+    hooks,
+    loader,
+    optim,
+    paths,
+    resume,
+    squashfs,
+)
 from utils.device import resolve_precision
 from utils.engine import LossFn, Scalars, TrainState
 from utils.errors import InputError, cli
-from utils.metrics import MetricsWriter
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pretrain. Returns outputs `last` and `backbone`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
     run_dir = paths.RunDir(Path(cfg.run_dir))
-    with dist.session(cfg.device, run_dir, cfg.workers) as device:
+    how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
+    with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
+        path, same_round = resume.starting_point(cfg.resume, None, run_dir.checkpoints, env.restarts())
+        saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train") if path else None
         if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
-        state, last = start(cfg, run_dir, device)
-        if state.epoch < cfg.epochs:
-            fit(state, cfg, run_dir, device)
-            last = checkpoint.newest(run_dir.checkpoints)
+        if saved and same_round and saved["epochs_done"] >= cfg.epochs:
+            epochs, summary = saved["epochs_done"], saved["summary"]
+        else:
+            state = train(cfg, run_dir, device, saved, same_round)
+            epochs, summary = state.epoch, state.summary
+        last = checkpoint_files.newest(run_dir.checkpoints)
         assert last is not None
         if dist.rank() == 0:
             export(last, run_dir.backbone)
         dist.barrier()
     return {
         "outputs": {"last": last, "backbone": run_dir.backbone},
-        "metrics": {name: state.summary[f"{name}_avg"] for name in ("loss", "top1", "top5")},
-        "epochs": state.epoch,
+        "metrics": {name: summary[f"{name}_avg"] for name in ("loss", "top1", "top5")},
+        "epochs": epochs,
     }
 
 
-def start(cfg: Config, run_dir: paths.RunDir, device: torch.device) -> tuple[TrainState, Path | None]:
-    """The model and its optimizer, new or as the checkpoint that is returned too left them."""
-    torch.manual_seed(cfg.seed)  # the same first weights and queue on every rank
-    model = MoCo(**asdict(cfg.model)).to(device)
-    state = TrainState(model, optim.sgd(model, **asdict(cfg.optim)))
-    path, same_round = checkpoint.starting_point(cfg.resume, None, run_dir.checkpoints, env.restarts())
-    if path:
-        saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train")
-        if saved["architecture"] != asdict(cfg.model):
-            raise InputError(f"{path}: its model is {saved['architecture']}, this run's {asdict(cfg.model)}")
-        checkpoint.restore(state, saved, same_round=same_round)
+def train(
+    cfg: Config,
+    run_dir: paths.RunDir,
+    device: torch.device,
+    saved: Mapping[str, Any] | None,
+    same_round: bool,
+) -> TrainState:
+    """Train to the last epoch, from `saved` or from random weights."""
+    precision = resolve_precision(cfg.precision, device)
+    archive = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir))
+    images = UnlabeledImages(archive, random_view(**asdict(cfg.augment)))
+    batches = loader.GlobalBatches(len(images), cfg.batch_size, cfg.seed)
+    conditions = checkpoint.conditions(
+        cfg,
+        data=squashfs.fingerprint(archive),
+        device=device,
+        precision=precision,
+        **{"optim": asdict(cfg.optim), "augment": asdict(cfg.augment), "epochs": cfg.epochs},
+    )
+    state = start(cfg, device, saved, same_round, conditions)
     if dist.rank() == 0:
-        checkpoint.make_room(run_dir.checkpoints, state.epoch if same_round else 0)
-    return state, path
-
-
-def fit(state: TrainState, cfg: Config, run_dir: paths.RunDir, device: torch.device) -> None:
-    """Train to the last epoch, with a checkpoint after each."""
+        resume.make_room(run_dir.checkpoints, saved if same_round else None)
 
     def payload(state: TrainState) -> dict[str, Any]:
         return checkpoint.payload(
@@ -78,32 +99,50 @@ def fit(state: TrainState, cfg: Config, run_dir: paths.RunDir, device: torch.dev
             state=state,
             architecture=asdict(cfg.model),
             config=config.to_dict(cfg),
-            world_size=dist.size(),
+            conditions=conditions,
         )
 
-    writer = MetricsWriter(run_dir.metrics, state.step)
+    def files_of(epoch: int, batch: int) -> list[Path]:
+        return [images.files[index] for index in batches.indices(epoch, batch)]
+
     engine.fit(
         state,
-        make_loader(cfg, run_dir, device),
+        loader.make(loader.Seeded(images, cfg.seed), batches, workers=cfg.workers, device=device),
         contrastive_loss(dist.parallel(state.model, device), device),
-        [
-            hooks.LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size),
-            hooks.SaveCheckpoints(run_dir.checkpoints, payload),
-        ],
+        hooks.standard(run_dir, state, cfg, payload, files_of),
         epochs=cfg.epochs,
         schedule=optim.cosine(cfg.optim.lr, cfg.epochs),
         seed=cfg.seed,
         device=device,
-        precision=resolve_precision(cfg.precision, device),
+        precision=precision,
     )
+    return state
 
 
-def make_loader(cfg: Config, run_dir: paths.RunDir, device: torch.device) -> DataLoader[Any]:
-    """Batches of (query views, key views), each (n, 3, h, w) on the CPU."""
-    root = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir))
-    images = UnlabeledImages(root, random_view(**asdict(cfg.augment)))
-    batches = loader.GlobalBatches(len(images), cfg.batch_size, cfg.seed)
-    return loader.make(loader.Seeded(images, cfg.seed), batches, workers=cfg.workers, device=device)
+def start(
+    cfg: Config,
+    device: torch.device,
+    saved: Mapping[str, Any] | None,
+    same_round: bool,
+    conditions: Mapping[str, Any],
+) -> TrainState:
+    """The model and its optimizer, new or as `saved` left them. Raises: InputError when that is of another model."""
+    torch.manual_seed(cfg.seed)  # the same first weights and queue on every rank
+    model = MoCo(**asdict(cfg.model)).to(device)
+    state = TrainState(model, optim.sgd(model, **asdict(cfg.optim)))
+    if saved:
+        if saved["architecture"] != asdict(cfg.model):
+            raise InputError(f"the checkpoint's model is {saved['architecture']}, this run's {asdict(cfg.model)}")
+        if saved["epochs_done"] >= cfg.epochs:
+            raise InputError(f"epochs={cfg.epochs}: the checkpoint's {saved['epochs_done']} count too; give more")
+        resume.restore(
+            state,
+            saved,
+            same_round=same_round,
+            conditions=conditions,
+            allow_world_change=cfg.allow_world_change,
+        )
+    return state
 
 
 def contrastive_loss(moco: nn.Module, device: torch.device) -> LossFn:

@@ -131,7 +131,7 @@ def test_a_checkpoint_alone_is_the_detector(tmp_path: Path) -> None:
         state=state,
         architecture={**SMALL, "norm": "frozen"},
         config={},
-        world_size=1,
+        conditions={},
         classes=["cat", "dog"],
     )
     checkpoint.write(tmp_path / "detector.pth", content)

@@ -50,7 +50,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 def test_the_ranks_end_with_the_same_weights_and_statistics(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, (first, second) = ranks
     saved = checkpoint.read(folder / "run" / "checkpoints" / "checkpoint_0000.pth")
-    assert saved["world_size"] == 2
+    assert saved["conditions"]["world_size"] == 2
     for name, value in first["model"].items():
         assert torch.equal(second["model"][name], value), name
         assert torch.equal(saved["model"][name], value), name

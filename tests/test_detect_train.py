@@ -16,7 +16,7 @@ import torch
 from detect_train import train
 from tests.labeled_set import write_example, write_label, write_set
 from tests.test_detect_model import moco, resnet
-from utils import checkpoint, coco, engine
+from utils import checkpoint, checkpoint_files, coco, engine
 from utils.errors import DivergedError, InputError
 from utils.files import sha256
 from utils.paths import RunDir
@@ -251,5 +251,5 @@ def test_a_validation_split_without_boxes_is_refused(tmp_path: Path) -> None:
 def test_a_diverged_epoch_is_not_saved(tmp_path: Path, data: Path) -> None:
     with pytest.raises(DivergedError, match="not finite a"):
         fine_tune(tmp_path / "run", data, 20, lr=1e6)
-    for path in checkpoint.everything(RunDir(tmp_path / "run").checkpoints):
+    for path in checkpoint_files.everything(RunDir(tmp_path / "run").checkpoints):
         assert all(value.isfinite().all() for value in checkpoint.read(path)["model"].values())

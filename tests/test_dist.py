@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from utils import dist
 from utils.paths import RunDir
-with dist.session("cpu", RunDir(Path(sys.argv[1]))):
+with dist.session("cpu", RunDir(Path(sys.argv[1])), timeout=60):
     mine = torch.arange(dist.rank() + 1.0) + 10 * dist.rank()
     assert dist.agree(f"of {dist.rank()}") == "of 0"
     mean = dist.mean(torch.tensor([float(dist.rank())]))

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, engine, hooks, loader, optim
+from utils import checkpoint, checkpoint_files, engine, hooks, loader, optim, resume
 from utils.errors import DivergedError, InputError
 from utils.metrics import MetricsWriter, read
+from utils.paths import RunDir
+from utils.shared_config import Checkpoint
 
 SEED = 3
+CONDITIONS = {"world_size": 1, "batch_size": 4, "seed": SEED, "data": "twelve", "threads": 1}
 
 
 class Numbers(torch.utils.data.Dataset[torch.Tensor]):
@@ -33,7 +36,13 @@ def new_state() -> engine.TrainState:
 
 
 def train(
-    state: engine.TrainState, run: Path, epochs: int, *, schedule: optim.Schedule | None = None, poison: int = -1
+    state: engine.TrainState,
+    run: Path,
+    epochs: int,
+    *,
+    schedule: optim.Schedule | None = None,
+    poison: int = -1,
+    every_steps: int = 0,
 ) -> engine.TrainState:
     """Train on the CPU, writing metrics and checkpoints to `run`; the loss of step `poison` is not finite."""
 
@@ -45,13 +54,17 @@ def train(
     made = loader.make(
         loader.Seeded(Numbers(), SEED), batches, workers=0, device=torch.device("cpu"), collate=torch.stack
     )
+    run_dir = RunDir(run)
+    when = Checkpoint(every_steps=every_steps, every_minutes=0)
+    writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % 2)
+    metrics = hooks.LogMetrics(writer, every=2, batch_size=4, files=lambda *at: [Path(f"{at}.png")])
     engine.fit(
         state,
         made,
         loss_fn,
         [
-            hooks.LogMetrics(MetricsWriter(run / "metrics.jsonl", state.step), every=2, batch_size=4),
-            hooks.SaveCheckpoints(run, payload),
+            metrics,
+            hooks.SaveCheckpoints(run_dir, payload, when, metrics),
         ],
         epochs=epochs,
         schedule=schedule or optim.constant(0.05, 0, 0),
@@ -63,19 +76,22 @@ def train(
 
 
 def payload(state: engine.TrainState) -> dict[str, object]:
-    return checkpoint.payload("toy", state=state, architecture={}, config={}, world_size=1)
+    return checkpoint.payload("toy", state=state, architecture={}, config={}, conditions=CONDITIONS)
 
 
-def restored(path: Path, *, same_round: bool = True) -> engine.TrainState:
-    state = new_state()
-    checkpoint.restore(state, checkpoint.load(path, "toy", "?"), same_round=same_round)
+def restored(
+    path: Path, *, same_round: bool = True, allow_world_change: bool = False, **now: object
+) -> engine.TrainState:
+    state, saved = new_state(), checkpoint.load(path, "toy", "?")
+    conditions = CONDITIONS | now
+    resume.restore(state, saved, same_round=same_round, conditions=conditions, allow_world_change=allow_world_change)
     return state
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole = train(new_state(), tmp_path / "whole", 3)
     train(new_state(), tmp_path / "cut", 1)
-    start, own = checkpoint.starting_point("auto", None, tmp_path / "cut", 0)
+    start, own = resume.starting_point("auto", None, RunDir(tmp_path / "cut").checkpoints, 0)
     assert own and start
     resumed = train(restored(start), tmp_path / "cut", 3)
     assert resumed.step == whole.step == 9
@@ -90,7 +106,7 @@ def test_metrics_written_after_the_checkpoint_are_written_once(tmp_path: Path) -
     train(new_state(), tmp_path, 2)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 7, "torn')
-    train(restored(tmp_path / "checkpoint_0000.pth"), tmp_path, 2)
+    train(restored(tmp_path / "checkpoints" / "checkpoint_0000.pth"), tmp_path, 2)
     steps = [record["step"] for record in read(tmp_path / "metrics.jsonl")]
     assert steps == [2, 3, 5, 6]
 
@@ -98,25 +114,25 @@ def test_metrics_written_after_the_checkpoint_are_written_once(tmp_path: Path) -
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"step 5 \(epoch 1\).*square=nan"):
         train(new_state(), tmp_path, 3, poison=4)
-    assert [path.name for path in checkpoint.everything(tmp_path)] == ["checkpoint_0000.pth"]
+    assert [path.name for path in checkpoint_files.everything(tmp_path / "checkpoints")] == ["checkpoint_0000.pth"]
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     state = new_state()
     for epoch in range(5):
-        state.epoch = epoch + 1
-        checkpoint.save(tmp_path, payload(state), best=epoch == 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "best.pth",
-        "checkpoint_0003.pth",
-        "checkpoint_0004.pth",
-    ]
-    assert checkpoint.load(tmp_path / "best.pth", "toy", "?")["epochs_done"] == 2
+        state.epoch, state.is_best = epoch + 1, epoch == 1
+        checkpoint.save(RunDir(tmp_path), payload(state))
+    kept = ["best.pth", "checkpoint_0003.pth", "checkpoint_0004.pth"]
+    directory = tmp_path / "checkpoints"
+    listed = sorted(path.name for path in directory.iterdir())
+    assert listed == sorted([*kept, *(f"{name}.sha256" for name in kept)])
+    assert checkpoint.load(directory / "best.pth", "toy", "?")["epochs_done"] == 2
+    assert all(checkpoint_files.verify(directory / name) for name in kept)
 
 
 def test_a_new_round_goes_on_with_its_own_rate_and_warm_up(tmp_path: Path) -> None:
     first = train(new_state(), tmp_path / "r1", 2, schedule=optim.constant(0.1, 0, 0))
-    state = restored(tmp_path / "r1" / "checkpoint_0001.pth", same_round=False)
+    state = restored(tmp_path / "r1" / "checkpoints" / "checkpoint_0001.pth", same_round=False)
     assert (state.epoch, state.step, state.start_step) == (2, 6, 6)
     momentum = [entry["momentum_buffer"] for entry in first.optimizer.state.values()]
     carried = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
@@ -134,18 +150,18 @@ def test_cosine_is_constant_in_an_epoch_and_ends_near_zero() -> None:
 def test_the_start_is_own_newest_then_the_round_before_then_nothing(tmp_path: Path) -> None:
     own, parent = tmp_path / "r2", tmp_path / "r1" / "checkpoint_0022.pth"
     checkpoint.write(parent, payload(new_state()))
-    assert checkpoint.starting_point("auto", None, own, 0) == (None, False)
-    assert checkpoint.starting_point("auto", str(parent), own, 0) == (parent, False)
+    assert resume.starting_point("auto", None, own, 0) == (None, False)
+    assert resume.starting_point("auto", str(parent), own, 0) == (parent, False)
     newest = own / "checkpoint_10000.pth"
     for path in (own / "checkpoint_9999.pth", newest):
         checkpoint.write(path, payload(new_state()))
-    assert checkpoint.starting_point("auto", str(parent), own, 0) == (newest, True)
-    assert checkpoint.starting_point("never", str(parent), own, 0) == (parent, False)
-    assert checkpoint.starting_point("never", str(parent), own, 1) == (newest, True), "a requeue must not start again"
-    assert checkpoint.starting_point(str(parent), None, own, 0) == (parent, False)
-    assert checkpoint.starting_point(str(parent), None, own, 1) == (newest, True), "a requeue must not start again"
+    assert resume.starting_point("auto", str(parent), own, 0) == (newest, True)
+    assert resume.starting_point("never", str(parent), own, 0) == (parent, False)
+    assert resume.starting_point("never", str(parent), own, 1) == (newest, True), "a requeue must not start again"
+    assert resume.starting_point(str(parent), None, own, 0) == (parent, False)
+    assert resume.starting_point(str(parent), None, own, 1) == (newest, True), "a requeue must not start again"
     with pytest.raises(InputError, match=r"gone\.pth: no such file"):
-        checkpoint.starting_point(str(tmp_path / "gone.pth"), None, own, 0)
+        resume.starting_point(str(tmp_path / "gone.pth"), None, own, 0)
 
 
 class Payload:
@@ -174,23 +190,14 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_another_history_s_checkpoints_are_set_aside_not_counted(tmp_path: Path) -> None:
-    state, directory = new_state(), tmp_path / "checkpoints"
+    state, run_dir = new_state(), RunDir(tmp_path)
+    directory = run_dir.checkpoints
     for epoch in (7, 8):
-        state.epoch = epoch
-        checkpoint.save(directory, payload(state), best=epoch == 7)
-    checkpoint.make_room(directory, 7)
-    assert [path.name for path in checkpoint.everything(directory)] == ["checkpoint_0006.pth"]
-    checkpoint.make_room(directory, 0)
-    assert [path.name for path in directory.iterdir()] == ["best.pth"]
+        state.epoch, state.is_best = epoch, epoch == 7
+        checkpoint.save(run_dir, payload(state))
+    resume.make_room(directory, checkpoint.load(directory / "best.pth", "toy", "?"))
+    assert [path.name for path in checkpoint_files.everything(directory)] == ["checkpoint_0006.pth"]
+    resume.make_room(directory, None)
+    assert not checkpoint_files.everything(directory) and (directory / "best.pth").exists()
     assert (tmp_path / "checkpoints.1" / "checkpoint_0007.pth").exists()
     assert (tmp_path / "checkpoints.2" / "checkpoint_0006.pth").exists()
-
-
-def test_a_kill_while_the_best_is_saved_cannot_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = new_state()
-    state.epoch, state.best = 1, 0.5
-    monkeypatch.setattr(checkpoint, "adopt", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, payload(state), best=True)
-    assert checkpoint.load(tmp_path / "best.pth", "toy", "?")["best"] == 0.5
-    assert checkpoint.newest(tmp_path) is None, "the epoch is done again, and is the best again"

@@ -150,7 +150,7 @@ def test_two_ranks_return_the_array_of_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with dist.session("cpu", RunDir(folder)):
+    with dist.session("cpu", RunDir(folder), timeout=60):
         assert dist.size() == 2
         for name, rows in cases().items():
             np.save(folder / f"{dist.rank()}_{name}.npy", rows)

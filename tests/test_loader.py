@@ -27,7 +27,7 @@ class Draws(Dataset[Item]):
 
 def one_epoch(workers: int, epoch: int, seed: int = 7) -> list[Item]:
     batches = loader.GlobalBatches(23, 4, seed)
-    batches.set_epoch(epoch)
+    batches.go_to(epoch, 0)
     made = loader.make(loader.Seeded(Draws(), seed), batches, workers=workers, device=torch.device("cpu"), collate=list)
     return [item for batch in made for item in batch]
 

@@ -104,7 +104,7 @@ def test_two_nodes_train_one_detector(here: Path, cluster: Cluster) -> None:
     words = "--name two_nodes --dataset-root data/demo/labeled.sqsh"
     run(here, cluster, f"sbatch --wait --nodes=2 slurm/demo_mocov2_fpn_r1.slurm {words}")
     saved = checkpoint.read(here / "runs/two_nodes/r1/checkpoints/best.pth")
-    assert (saved["world_size"], saved["step"]) == (2, 24 // 4)
+    assert (saved["conditions"]["world_size"], saved["step"]) == (2, 24 // 4)
     assert {path.name.rpartition("_")[2] for path in (here / "runs/two_nodes/r1/logs").glob("*.log")} == {
         "rank0.log",
         "rank1.log",

@@ -60,7 +60,7 @@ def test_views_depend_on_seed_epoch_and_index_only(tmp_path: Path, workers: int)
 
     def one_epoch(workers: int, epoch: int) -> list[torch.Tensor]:
         batches = loader.GlobalBatches(len(data), 2, seed=5)
-        batches.set_epoch(epoch)
+        batches.go_to(epoch, 0)
         made = loader.make(data, batches, workers=workers, device=CPU)
         return [torch.stack(pair) for pair in made]
 

@@ -128,6 +128,6 @@ def test_ranks_end_with_the_same_model(ranks: tuple[Path, list[dict[str, Any]]])
     assert statistics > 0, "each rank saw other images"
     assert first["loss"] == second["loss"]
     saved = checkpoint.load(folder / "run" / "checkpoints" / "checkpoint_0001.pth", "moco", "?")
-    assert saved["world_size"] == 2
+    assert saved["conditions"]["world_size"] == 2
     for name, tensor in saved["model"].items():
         assert torch.equal(tensor, first["trained"][name]), f"{name} is rank 0's"

@@ -1,14 +1,14 @@
-"""Checkpoints: their keys, names, atomic write, retention, and where a run starts from.
+"""Checkpoints: their keys, how they are written and read. Their names are in `checkpoint_files`.
 
 One file is enough to go on or to evaluate. It holds tensors, numbers, strings, lists and dicts only, so
-`torch.load(weights_only=True)` reads it, and that is the only way anything is read here.
+`torch.load(weights_only=True)` reads it, and that is the only way anything is read here. No generator states:
+a step's random numbers follow from (seed, step, rank), an item's from (seed, epoch, index).
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +17,36 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import dist, files, log, paths
+from utils import checkpoint_files, dist, files, log, run_lock
+from utils.checkpoint_files import BEST
+from utils.device import kind_of
 from utils.errors import InputError
+from utils.paths import RunDir
+from utils.shared_config import Training
 
-FORMAT = "relay-1"
-KEEP = 2  # newest checkpoints kept besides the best
-NAME = re.compile(r"checkpoint_\d{4,}\.pth")
-BEST = "best.pth"
+FORMAT = "relay-2"
+
+
+def conditions(cfg: Training, *, data: str, device: torch.device, precision: str, **own: Any) -> dict[str, Any]:
+    """What the bits of a run depend on besides the code and where it starts.
+
+    Args:
+        data: fingerprint of the training data.
+        own: what the program adds, such as the learning rate.
+    """
+    return {
+        "world_size": dist.size(),
+        "batch_size": cfg.batch_size,
+        "seed": cfg.seed,
+        "data": data,
+        "device": kind_of(device),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "deterministic": cfg.deterministic,
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        **own,
+    }
 
 
 def payload(
@@ -32,7 +55,7 @@ def payload(
     state: Any,
     architecture: Mapping[str, Any],
     config: Mapping[str, Any],
-    world_size: int,
+    conditions: Mapping[str, Any],
     **extra: Any,
 ) -> dict[str, Any]:
     """What a checkpoint holds.
@@ -47,46 +70,46 @@ def payload(
         "format": FORMAT,
         "kind": kind,
         "epochs_done": state.epoch,
+        "batch": state.batch,
         "step": state.step,
         "start_step": state.start_step,
         "best": state.best,
+        "is_best": state.is_best and not state.batch,
+        "rows": list(state.rows),
         "summary": dict(state.summary),
+        "resumes": state.resumes,
+        "inexact": list(state.inexact),
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "architecture": dict(architecture),
         "config": dict(config),
-        "world_size": world_size,
-        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
+        "conditions": dict(conditions),
         **extra,
     }
 
 
-def restore(state: Any, saved: Mapping[str, Any], *, same_round: bool) -> None:
-    """Put a checkpoint's weights, optimizer state and counters into the engine's TrainState.
+def file_name(content: Mapping[str, Any]) -> str:
+    """The name of a checkpoint in its run's directory."""
+    epoch, step = content["epochs_done"], content["step"]
+    return checkpoint_files.name(epoch, step) if content["batch"] else checkpoint_files.name(epoch - 1)
 
-    The optimizer keeps this run's hyperparameters (momentum, weight decay, ...): the stored ones are the saving run's.
-    In a new round (`same_round=False`) the counters go on, and the round starts at the step they show.
+
+def save(run_dir: RunDir, content: Mapping[str, Any]) -> Path:
+    """Write a checkpoint atomically, its hash beside it; keep the newest two and, as `best.pth`, the best.
+
+    Raises: EnvironmentProblem when the disk is full or read-only, or the run is another attempt's by now; what
+    was there before is whole then.
     """
-    state.model.load_state_dict(saved["model"])
-    own = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(saved["optimizer"])
-    for group, settings in zip(state.optimizer.param_groups, own, strict=True):
-        group.update(settings)
-    state.epoch, state.step, state.best = saved["epochs_done"], saved["step"], saved["best"]
-    state.summary = dict(saved["summary"])
-    state.start_step = saved["start_step"] if same_round else saved["step"]
+    path = run_dir.checkpoints / file_name(content)
 
+    def before_rename(digest: str) -> None:
+        run_lock.check(run_dir)
+        checkpoint_files.record(path, digest)
 
-def save(directory: Path, content: Mapping[str, Any], *, best: bool) -> Path:
-    """Write `checkpoint_<last epoch>.pth` atomically; keep the newest two and, as `best.pth`, the best."""
-    path = directory / f"checkpoint_{content['epochs_done'] - 1:04d}.pth"
-    if best:  # first: after a kill in between, the epoch is done again and is the best again
-        write(directory / BEST, content)
-        adopt(directory / BEST, path)
-    else:
-        write(path, content)
-    for old in everything(directory)[:-KEEP]:
-        old.unlink()
+    files.write_atomic(path, lambda file: torch.save(dict(content), file), before_rename)
+    if content["is_best"]:
+        adopt(path, run_dir.checkpoints / BEST)
+    checkpoint_files.prune(run_dir.checkpoints)
     return path
 
 
@@ -96,68 +119,17 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically: a hard link, or a copy between file systems."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Make `target` the same file as `source`, atomically, with its hash: a link, or a copy between file systems."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
+    digest = checkpoint_files.known(source) or files.sha256(source)
+    checkpoint_files.record(target, digest)
     os.replace(temporary, target)
-
-
-def everything(directory: Path) -> list[Path]:
-    """The epoch checkpoints of a directory, oldest first (by the epoch in the name: clocks differ between nodes)."""
-    return sorted((path for path in directory.glob("*") if NAME.fullmatch(path.name)), key=_epoch)
-
-
-def _epoch(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest epoch checkpoint, if there is any."""
-    return next(reversed(everything(directory)), None)
-
-
-def starting_point(resume: str, init: str | None, directory: Path, restarts: int) -> tuple[Path | None, bool]:
-    """(the checkpoint to start from or None, whether it belongs to this same round).
-
-    `auto`: this run's newest, else the round before (`init`). `never`: only `init`. A path: that file. Once the job
-    was requeued, this run's newest is further than any of them. Raises: InputError when a named file is missing.
-    """
-    path, same_round = _starting_point(resume, init, directory, restarts)
-    # one choice for all: file systems may show nodes different listings
-    agreed = dist.agree(f"{int(same_round)}{path or ''}")
-    return Path(agreed[1:]) if agreed[1:] else None, agreed[0] == "1"
-
-
-def _starting_point(resume: str, init: str | None, directory: Path, restarts: int) -> tuple[Path | None, bool]:
-    own = newest(directory) if resume == "auto" or restarts else None
-    if own:
-        return own, True
-    named = resume if resume not in ("auto", "never") else init
-    if named is None:
-        return None, False
-    if not Path(named).is_file():
-        raise InputError(f"checkpoint {named}: no such file")
-    return Path(named), Path(named).resolve().parent == directory.resolve()
-
-
-def make_room(directory: Path, epochs_done: int) -> None:
-    """Set aside the checkpoints of later epochs than a run starts from (0: all): they are another history's.
-
-    Left there, they would be the newest ones for retention and for the next resume.
-    """
-    later = [path for path in everything(directory) if _epoch(path) >= epochs_done]
-    if not later:
-        return
-    aside = paths.free_name(directory)
-    aside.mkdir()
-    for path in later:
-        path.rename(aside / path.name)
-    log.info(f"checkpoints of another history are now in {aside}")
 
 
 def load(path: Path, kind: str, remedy: str) -> dict[str, Any]:

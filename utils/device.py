@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Literal
 
 import torch
@@ -25,6 +26,14 @@ def pick(name: DeviceName, local_rank: int) -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Have CUDA compute the same bits each time, slower; the CPU does anyway. Before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # that all-reduce adds in no fixed order
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["float32", "bf16"]:
     """`auto` is bf16 where the hardware computes in it, else float32: emulated bf16 is slower than float32."""
     if precision != "auto":
@@ -41,6 +50,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
     """bf16 autocast when `precision` says so; weights, optimizer and losses stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def kind_of(device: torch.device) -> str:
+    """What computes: other hardware gives other last digits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe(device: torch.device) -> str:

@@ -4,58 +4,81 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
-import secrets
 import socket
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import env, files, log
-from utils.device import describe, pick
-from utils.errors import EnvironmentProblem
+from utils import env, log, rendezvous, run_lock, stop
+from utils.device import describe, make_deterministic, pick
+from utils.errors import RelayError, Stopped, error_like, exit_code, explained
 from utils.paths import RunDir
 from utils.shared_config import DeviceName
 
-# Longer than any step, validation pass or save; a rank that is stopped ends the others after it.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
+_patience = 0.0
 
 
 @contextlib.contextmanager
-def session(device: DeviceName, run_dir: RunDir, workers: int = 0) -> Iterator[torch.device]:
+def session(
+    device: DeviceName, run_dir: RunDir, *, timeout: float, workers: int = 0, deterministic: bool = False
+) -> Iterator[torch.device]:
     """Join this run's ranks (NCCL on CUDA, gloo on the CPU), start this rank's log, and yield its device.
 
+    No other run writes to `run_dir` meanwhile, and signals that ask for the end are noted (`utils.stop`).
     This rank's `workers` loader processes get cores of their own: on the CPU sharing costs several times as much.
 
-    Raises: EnvironmentProblem when the ranks cannot find each other or the device is not there.
+    Args:
+        timeout: seconds; longer than any step, validation pass or save. A rank that is stopped ends the others then.
+
+    Raises: EnvironmentProblem when the ranks cannot find each other, lose one, or the device is not there;
+    InputError when the directory is another run's.
     """
-    world = env.world()
-    log.setup(world.rank, run_dir.rank_log(env.job_id(), env.restarts(), world.rank))
-    chosen = pick(device, world.local_rank)
-    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // world.local_size)
-    torch.set_num_threads(max(1, cores - workers))
-    log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {describe(chosen)}")
-    if world.size == 1:
-        yield chosen
-        return
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=_store(world, run_dir),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
-    yield chosen
-    dist.barrier()
-    dist.destroy_process_group()  # not after an error: peers that hang would make it hang too
+    global _patience
+    world, _patience = env.world(), timeout
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        if world.rank == 0:
+            stack.enter_context(run_lock.owned(run_dir))
+        log.setup(world.rank, run_dir.rank_log(env.job_id(), env.restarts(), world.rank))
+        if deterministic:
+            make_deterministic()
+        chosen = pick(device, world.local_rank)
+        cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // world.local_size)
+        torch.set_num_threads(max(1, cores - workers))
+        log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {describe(chosen)}")
+        if world.size > 1:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                store=rendezvous.store(world, run_dir),
+                rank=world.rank,
+                world_size=world.size,
+                timeout=datetime.timedelta(seconds=timeout),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        try:
+            yield chosen
+        except Stopped:
+            _leave()
+            raise
+        except RuntimeError as error:
+            raise explained(error) from error
+        _leave()
+
+
+def _leave() -> None:
+    """Only where all ranks do: after an error peers that hang would make this one hang too."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def patience() -> float:
+    """Seconds to wait for another process before it counts as lost; 0 outside a session: for ever."""
+    return _patience
 
 
 def rank() -> int:
@@ -77,6 +100,43 @@ def agree(value: str) -> str:
     if size() > 1:
         dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def from_rank_0(decide: Callable[[], str]) -> str:
+    """What `decide` returns on rank 0, on every rank. What it raises there, every rank raises."""
+    answer = ""
+    if rank() == 0:
+        try:
+            answer = f"0 {decide()}"
+        except RelayError as error:
+            answer = f"{exit_code(error)} {error}"
+    code, _, text = agree(answer).partition(" ")
+    if code != "0":
+        raise error_like(int(code), text)
+    return text
+
+
+class Wishes:
+    """What any rank wants of all, agreed on without waiting for a device.
+
+    Each rank passes its wish, 0 or more, once a step and gets the greatest of all ranks' wishes of the step
+    before: the answer travels while the step is computed.
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo") if size() > 1 else None
+        self.wish, self.answer = torch.zeros((), dtype=torch.long), None
+
+    def exchange(self, wish: int) -> int:
+        if self.group is None:
+            return wish
+        agreed = 0
+        if self.answer:
+            self.answer.wait()
+            agreed = int(self.wish)
+        self.wish = torch.tensor(wish)
+        self.answer = dist.all_reduce(self.wish, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -120,53 +180,3 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(gathered, padded)
     return torch.cat([part[: int(n)] for part, n in zip(gathered, counts, strict=True)])
-
-
-def _store(world: env.World, run_dir: RunDir) -> dist.Store:
-    """The key-value store of this run.
-
-    torchrun brings its own. Under Slurm rank 0 lets the system choose a free port and writes address,
-    port and a secret to a file that only this job step reads: no two jobs can meet on one port.
-    """
-    if world.launcher == "torchrun":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # the agent's own store already listens there
-        listens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return dist.PrefixStore("relay", dist.TCPStore(host, port, world.size, listens, RENDEZVOUS_TIMEOUT))
-    file = run_dir.rendezvous(env.job_id(), env.step_id(), env.restarts())
-    if world.rank == 0:
-        host, token = _own_address(), secrets.token_hex(16)
-        store = dist.TCPStore(host, 0, world.size, True, RENDEZVOUS_TIMEOUT, wait_for_workers=False)
-        store.set("token", token)
-        files.write_json(file, {"host": host, "port": store.port, "token": token})
-        return store
-    meeting = _wait_for(file)
-    store = dist.TCPStore(meeting["host"], meeting["port"], world.size, False, RENDEZVOUS_TIMEOUT)
-    if store.get("token").decode() != meeting["token"]:
-        raise EnvironmentProblem(f"{meeting['host']}:{meeting['port']} belongs to another run; see {file}")
-    return store
-
-
-def _wait_for(file: Path) -> dict:
-    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads(file.read_text())
-        time.sleep(0.1)
-    raise EnvironmentProblem(f"rank 0 did not write {file} in {RENDEZVOUS_TIMEOUT}; is it on a shared file system?")
-
-
-def _own_address() -> str:
-    """An address of this node that the others reach.
-
-    `MASTER_ADDR` if the site sets it, else the address Slurm launches from when it is one of ours (names
-    need not resolve on a cluster), else this host's own.
-    """
-    candidates = [os.environ.get("MASTER_ADDR"), os.environ.get("SLURM_LAUNCH_NODE_IPADDR"), socket.getfqdn()]
-    for candidate in filter(None, candidates):
-        with contextlib.suppress(OSError):
-            address = socket.gethostbyname(candidate)
-            with socket.socket() as probe:
-                probe.bind((address, 0))
-            return address
-    raise EnvironmentProblem(f"no address of this node can be bound ({candidates}); set MASTER_ADDR in slurm/site.sh")

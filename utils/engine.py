@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from utils import dist
 from utils.device import autocast
 from utils.hooks import Hook
-from utils.loader import seed_from
+from utils.loader import seed_from, start
 from utils.optim import Schedule, set_lr
 
 Scalars = dict[str, torch.Tensor]
@@ -27,11 +27,15 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # epochs finished
+    batch: int = 0  # batches finished in the epoch that is under way
     step: int = 0  # optimizer steps finished
     start_step: int = 0  # the step at which this round began
     best: float | None = None  # best validation AP so far, over all rounds
     is_best: bool = False  # the newest epoch's is the best
+    rows: list[dict[str, float]] = field(default_factory=list)  # each step's numbers, of the epoch under way
     summary: dict[str, float] = field(default_factory=dict)  # the newest epoch's numbers
+    resumes: int = 0  # how often training went on from a checkpoint of its own
+    inexact: list[str] = field(default_factory=list)  # what was another thing than before when it did
 
 
 def fit(
@@ -46,16 +50,16 @@ def fit(
     device: torch.device,
     precision: str,
 ) -> None:
-    """Train until `epochs` epochs are finished in all, from wherever `state` is.
+    """Train until `epochs` epochs are finished in all, from wherever `state` is, within an epoch too.
 
     Random numbers drawn in a step depend on (seed, step, rank) only, so a resumed run draws the same ones.
     """
     while state.epoch < epochs:
-        loader.batch_sampler.set_epoch(state.epoch)  # type: ignore[union-attr]
+        loader.batch_sampler.go_to(state.epoch, state.batch)  # type: ignore[union-attr]
         state.model.train()
         for hook in hooks:
             hook.before_epoch(state)
-        for batch in loader:
+        for batch in start(loader):
             torch.manual_seed(seed_from(seed, state.step, dist.rank()))
             set_lr(state.optimizer, schedule(state.epoch, state.step))
             with autocast(device, precision):
@@ -65,8 +69,12 @@ def fit(
             loss.backward()
             state.optimizer.step()
             state.step += 1
+            state.batch += 1
             for hook in hooks:
                 hook.after_step(state, {"loss": loss.detach(), **losses, **numbers})
+        for hook in hooks:
+            hook.before_end(state)
         state.epoch += 1
+        state.batch = 0
         for hook in hooks:
             hook.after_epoch(state)

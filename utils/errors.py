@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,12 @@ class InputError(RelayError, ValueError):
     exit_code = 2
 
 
+class CheckpointError(RelayError):
+    """There are checkpoints, and none of them can be used."""
+
+    exit_code = 3
+
+
 class DivergedError(RelayError):
     """The loss is not finite any more."""
 
@@ -35,11 +42,47 @@ class EnvironmentProblem(RelayError):
     exit_code = 75
 
 
+class Stopped(RelayError):
+    """Not an error: a signal asked this run to end, and it did, with its work saved; the same again goes on."""
+
+    exit_code = 0
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code `error` ends a program with; 1 for anything unexpected."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return EnvironmentProblem.exit_code
     return error.exit_code if isinstance(error, RelayError) else 1
+
+
+def error_like(code: int, text: str) -> RelayError:
+    """The error of ours that ends a program with `code`, made again on another rank."""
+    return next(kind for kind in RelayError.__subclasses__() if kind.exit_code == code)(text)
+
+
+# What torch says when something outside this process failed, and what it means.
+OUTSIDE = (
+    (
+        r"DataLoader worker \(pid\S* (\d+)\) is killed by signal: (\w+)",
+        "loader process {0} was killed ({1}), perhaps for memory; ask for more, or set fewer workers",
+    ),
+    (
+        r"DataLoader timed out after (\d+) seconds",
+        "a loader process gave nothing for {0} s: it hangs, or the disk does; the rest of this log says more",
+    ),
+    (
+        r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting",
+        "lost another rank, which ended or did not answer in time; its own log may say why",
+    ),
+)
+
+
+def explained(error: RuntimeError) -> Exception:
+    """An EnvironmentProblem if `error` is torch's for a lost process, else `error` itself."""
+    for pattern, meaning in OUTSIDE:
+        if not isinstance(error, RelayError) and (match := re.search(pattern, str(error))):
+            return EnvironmentProblem(f"{meaning.format(*match.groups())} ({str(error).strip().splitlines()[0]})")
+    return error
 
 
 def message(error: BaseException) -> str:
@@ -64,6 +107,8 @@ def cli(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+    except Stopped as stopped:
+        print(stopped, flush=True)
     except Exception as error:
         if not isinstance(error, RelayError):
             traceback.print_exc()

@@ -3,41 +3,108 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
+
+from utils.errors import EnvironmentProblem
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place.
+class _Hashed(io.RawIOBase):
+    """Hashes and counts what is written to `file`, in order: it cannot be sought in.
+
+    After an error of the disk it takes the rest and only counts: libraries in between hide the error, and how
+    much room was needed is known at the end.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        if not self.error:
+            try:
+                self.file.write(view)
+                self.digest.update(view)
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+
+def write_atomic(
+    path: Path, write: Callable[[BinaryIO], object], before_rename: Callable[[str], object] | None = None
+) -> str:
+    """Let `write` fill a temporary file beside `path`, then rename it into place. Returns the sha256 of the content.
 
     Either the old content or the whole new one is there after a crash or a full disk: the data
-    and the directory entry are both flushed before this returns.
+    and the directory entry are both flushed before this returns. `before_rename` is called with the sha256
+    when all is on the disk and nothing of it under its name. Its permissions are those the umask leaves.
 
-    Raises: OSError of the write; the temporary file is gone then and `path` is untouched.
+    Raises: EnvironmentProblem when the disk is full or read-only; any other OSError of the write; what
+    `before_rename` raises. The temporary file is gone then and `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    size = 0
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as raw:
+                file = _Hashed(raw)
+                write(cast(BinaryIO, file))
+                size = file.size
+                if file.error:
+                    raise file.error
+                raw.flush()
+                os.fsync(raw.fileno())
+            if before_rename:
+                before_rename(file.digest.hexdigest())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush_directory(path.parent)
+    except OSError as error:
+        if reason := _disk_problem(error, path, size):
+            raise EnvironmentProblem(reason) from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    return file.digest.hexdigest()
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def _disk_problem(error: OSError, path: Path, size: int) -> str | None:
+    """What the disk has against a file of `size` bytes, if it is the disk."""
+    needs = f"{path} needs about {size / 2**20:.1f} MiB"
+    if error.errno == errno.ENOSPC:
+        free = free_space(next(folder for folder in path.parents if folder.exists()))
+        return f"disk full: {needs}, has {free / 2**20:.1f} MiB free"
+    if error.errno == errno.EDQUOT:
+        return f"disk quota used up: {needs}"
+    return f"read-only file system: {path}" if error.errno == errno.EROFS else None
+
+
+def free_space(directory: Path) -> int:
+    """Bytes that this user may still write on the disk of a directory."""
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,12 +117,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+def sha256(path: Path, progress: Callable[[int], object] = lambda done: None) -> str:
+    """Hex SHA-256 of a file's content. `progress` is told the bytes of each piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 

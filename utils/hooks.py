@@ -1,22 +1,27 @@
-"""What happens around the training loop: three methods that do nothing, and the two hooks every program uses."""
+"""What happens around the training loop: methods that do nothing, and the two hooks every program uses."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils import checkpoint, dist, log
-from utils.errors import DivergedError
+from utils import checkpoint, dist, log, stop
+from utils.errors import DivergedError, Stopped
 from utils.metrics import MetricsWriter
+from utils.paths import RunDir
+from utils.shared_config import Checkpoint, Training
 
 if TYPE_CHECKING:
     from utils.engine import TrainState
+
+SHOWN = 8  # names in a message
+LONG_SAVE = 0.1  # share of the time between two saves
 
 
 class Hook:
@@ -26,69 +31,159 @@ class Hook:
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None: ...
 
+    def before_end(self, state: TrainState) -> None:
+        """All batches are done; what follows an epoch, such as validation, is not."""
+
     def after_epoch(self, state: TrainState) -> None: ...
 
 
 class LogMetrics(Hook):
     """Fetches the numbers of each step from the device every `every` steps, averages them over ranks, writes them.
 
-    Raises: DivergedError on every rank at the next fetch after a loss is not finite, naming the step;
-    an epoch's checkpoint is saved after its last fetch, so none holds such weights.
+    Args:
+        files: the image files of all ranks in one batch, from (epoch, batch).
+
+    Raises: DivergedError on every rank at the next fetch after a loss is not finite, naming the step and its
+    files; a checkpoint is saved after a fetch, so none holds such weights.
     """
 
-    def __init__(self, writer: MetricsWriter, *, every: int, batch_size: int) -> None:
-        self.writer, self.every, self.batch_size = writer, every, batch_size
+    def __init__(
+        self, writer: MetricsWriter, *, every: int, batch_size: int, files: Callable[[int, int], Sequence[Path]]
+    ) -> None:
+        self.writer, self.every, self.batch_size, self.files = writer, every, batch_size, files
         self.pending: list[dict[str, torch.Tensor]] = []
-        self.epoch_rows: list[dict[str, float]] = []
         self.since = time.monotonic()
 
     def before_epoch(self, state: TrainState) -> None:
-        self.epoch_rows = []
         self.since = time.monotonic()
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
         self.pending.append({name: value.detach() for name, value in numbers.items()})
-        if len(self.pending) == self.every:
-            self._flush(state, state.epoch)
+        if state.batch % self.every == 0:
+            self._write(state, self.every)
+
+    def before_end(self, state: TrainState) -> None:
+        if rest := state.batch % self.every:
+            self._write(state, rest)
+        self.check_weights(state)  # before a validation fails for them
 
     def after_epoch(self, state: TrainState) -> None:
-        if self.pending:
-            self._flush(state, state.epoch - 1)
-        # The losses are of the weights before the last step.
-        if not torch.stack([value.isfinite().all() for value in state.model.state_dict().values()]).all():
-            raise DivergedError(f"weights are not finite after step {state.step}; lower optim.lr")
-        averages = {
-            f"{name}_avg": statistics.fmean(row[name] for row in self.epoch_rows) for name in self.epoch_rows[0]
-        }
-        state.summary = averages | {"loss_median": statistics.median(row["loss"] for row in self.epoch_rows)}
+        averages = {f"{name}_avg": statistics.fmean(row[name] for row in state.rows) for name in state.rows[0]}
+        state.summary = averages | {"loss_median": statistics.median(row["loss"] for row in state.rows)}
+        state.rows = []
 
-    def _flush(self, state: TrainState, epoch: int) -> None:
-        names = list(self.pending[0])
-        table = dist.mean(torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending]))
-        rows = table.tolist()
-        steps = range(state.step - len(rows) + 1, state.step + 1)
-        for step, row in zip(steps, rows, strict=True):
-            if not all(map(math.isfinite, row)):
-                values = ", ".join(f"{name}={value:g}" for name, value in zip(names, row, strict=True))
-                raise DivergedError(f"loss is not finite at step {step} (epoch {epoch}): {values}; lower optim.lr")
-        self.epoch_rows += [dict(zip(names, row, strict=True)) for row in rows]
-        averages = dict(zip(names, map(statistics.fmean, zip(*rows, strict=True)), strict=True))
-        rate = len(rows) * self.batch_size / (time.monotonic() - self.since)
+    def fetch(self, state: TrainState) -> None:
+        """Bring `state.rows` up to date. Raises: DivergedError if a loss, or a weight now, is not finite."""
+        if self.pending:
+            names = list(self.pending[0])
+            table = dist.mean(torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending]))
+            self.pending = []
+            for values in table.tolist():
+                if not all(map(math.isfinite, values)):
+                    raise DivergedError(self._diagnosis(state, dict(zip(names, values, strict=True))))
+                state.rows.append(dict(zip(names, values, strict=True)))
+
+    def check_weights(self, state: TrainState) -> None:
+        """Raises: DivergedError on every rank. The losses so far are of the weights before the last step."""
+        finite = torch.stack([value.isfinite().all() for value in state.model.state_dict().values()])
+        if dist.mean(finite.all().float()) < 1:
+            raise DivergedError(f"weights are not finite after step {state.step}; lower optim.lr")
+
+    def _diagnosis(self, state: TrainState, row: dict[str, float]) -> str:
+        batch = len(state.rows)
+        step = state.step - state.batch + batch + 1
+        names = [str(file) for file in self.files(state.epoch, batch)]
+        log.info(f"images of step {step}: {', '.join(names)}")
+        more = f" and {len(names) - SHOWN} more, see the log" if len(names) > SHOWN else ""
+        values = ", ".join(f"{name}={value:g}" for name, value in row.items())
+        where = f"step {step} (epoch {state.epoch})"
+        return f"loss is not finite at {where}: {values}; lower optim.lr. Its images: {', '.join(names[:SHOWN])}{more}"
+
+    def _write(self, state: TrainState, count: int) -> None:
+        self.fetch(state)
+        rows = state.rows[-count:]
+        averages = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+        rate = count * self.batch_size / (time.monotonic() - self.since)
         lr = state.optimizer.param_groups[0]["lr"]
         if dist.rank() == 0:
-            self.writer.write("train", epoch=epoch, step=state.step, lr=lr, images_per_s=rate, **averages)
+            self.writer.write("train", epoch=state.epoch, step=state.step, lr=lr, images_per_s=rate, **averages)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in averages.items())
-        log.info(f"epoch {epoch}  step {state.step}  {shown}  lr {lr:.2g}  {rate:.1f} images/s")
-        self.pending, self.since = [], time.monotonic()
+        log.info(f"epoch {state.epoch}  step {state.step}  {shown}  lr {lr:.2g}  {rate:.1f} images/s")
+        self.since = time.monotonic()
+
+
+SAVE, STOP = 1, 2  # wishes, the greater one wins
 
 
 class SaveCheckpoints(Hook):
-    """Saves `payload(state)` after each epoch, on rank 0 while the others wait."""
+    """Saves after each epoch, every so many steps or minutes, and when a signal asks for the end.
 
-    def __init__(self, directory: Path, payload: Callable[[TrainState], dict[str, Any]]) -> None:
-        self.directory, self.payload = directory, payload
+    Rank 0 saves `payload(state)` while the others wait. Stands last, and knows the hook that checks the numbers.
+
+    Raises: Stopped on every rank after the same step, once that is saved.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        payload: Callable[[TrainState], dict[str, Any]],
+        when: Checkpoint,
+        metrics: LogMetrics,
+    ) -> None:
+        self.run_dir, self.payload, self.when, self.metrics = run_dir, payload, when, metrics
+        self.wishes, self.saved_at = dist.Wishes(), time.monotonic()
+
+    def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
+        wish = self.wishes.exchange(self._wish())
+        if wish or (self.when.every_steps and state.step % self.when.every_steps == 0):
+            self._save(state)
+        self._stop_if(wish, state)
+
+    def before_end(self, state: TrainState) -> None:
+        wish = max(self.wishes.exchange(self._wish()), self.wishes.exchange(0))
+        if wish == STOP:  # rather than after a validation that may take longer than there is
+            self._save(state)
+        self._stop_if(wish, state)
 
     def after_epoch(self, state: TrainState) -> None:
+        self._save(state)
+
+    def _wish(self) -> int:
+        if stop.requested():
+            return STOP
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return SAVE if self.when.every_minutes and minutes >= self.when.every_minutes else 0
+
+    def _stop_if(self, wish: int, state: TrainState) -> None:
+        if wish == STOP:
+            asked = stop.requested() or "a signal to another rank"
+            raise Stopped(
+                f"stopped by {asked} after step {state.step}, which is saved; the same again goes on from there"
+            )
+
+    def _save(self, state: TrainState) -> None:
+        self.metrics.fetch(state)
+        self.metrics.check_weights(state)
+        began = time.monotonic()
         if dist.rank() == 0:
-            checkpoint.save(self.directory, self.payload(state), best=state.is_best)
+            path = checkpoint.save(self.run_dir, self.payload(state))
+            seconds, between = time.monotonic() - began, began - self.saved_at
+            log.info(f"{path.name} saved in {seconds:.2f} s")
+            if seconds > LONG_SAVE * between and between > 60:
+                log.warning(f"that is {seconds / between:.0%} of the time since the one before: save less often?")
         dist.barrier()
+        self.saved_at = time.monotonic()
+
+
+def standard(
+    run_dir: RunDir,
+    state: TrainState,
+    cfg: Training,
+    payload: Callable[[TrainState], dict[str, Any]],
+    files: Callable[[int, int], Sequence[Path]],
+) -> tuple[LogMetrics, SaveCheckpoints]:
+    """The two hooks for a run at `state`; what stands between them runs between them."""
+    # the last line that was written until there: an epoch's lines stand at multiples of log_every
+    writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % cfg.log_every)
+    metrics = LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size, files=files)
+    return metrics, SaveCheckpoints(run_dir, payload, cfg.checkpoint, metrics)

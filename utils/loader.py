@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import dist
+from utils import dist, stop
 from utils.errors import InputError
 
 Key = tuple[int, int]  # (epoch, index)
@@ -35,20 +34,31 @@ class GlobalBatches(Sampler[list[Key]]):
             raise InputError(f"batch_size={batch_size} does not divide by {dist.size()} ranks; use a multiple of them")
         if length < batch_size:
             raise InputError(f"batch_size={batch_size} is more than the {length} training images")
-        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+        self.length, self.batch_size, self.seed, self.epoch, self.done = length, batch_size, seed, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def go_to(self, epoch: int, done: int) -> None:
+        """Go on in `epoch` after its first `done` batches."""
+        self.epoch, self.done = epoch, done
 
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return self.length // self.batch_size - self.done
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         share = self.batch_size // dist.size()
-        for batch in range(len(self)):
-            start = batch * self.batch_size + dist.rank() * share
-            yield [(self.epoch, int(index)) for index in order[start : start + share]]
+        mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+        order = self._order(self.epoch)
+        for batch in range(self.done, self.done + len(self)):
+            yield [(self.epoch, int(index)) for index in self._batch(order, batch)[mine]]
+
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """The examples of all ranks in one batch."""
+        return self._batch(self._order(epoch), batch).tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.length)
+
+    def _batch(self, order: np.ndarray, batch: int) -> np.ndarray:
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 class WholeBatches(Sampler[list[int]]):
@@ -113,7 +123,10 @@ def make(
     device: torch.device,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA."""
+    """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA.
+
+    A worker that gives nothing for as long as a rank may is an error (RuntimeError).
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -122,12 +135,17 @@ def make(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_prepare_worker,
+        timeout=dist.patience() if workers else 0,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
     )
 
 
 def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Slurm sends a job's warning signal to all its processes; the handler a worker inherits is its parent's business.
-    for warning in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(warning, signal.SIG_IGN)
+    stop.ignore()
+
+
+def start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """`iter(loader)`; a signal meanwhile reaches no worker that does not ignore it yet."""
+    with stop.held_back():
+        return iter(loader)

@@ -16,14 +16,19 @@ class MetricsWriter:
     Made on every rank, written to by rank 0 only: nothing touches the file before the first write.
     """
 
-    def __init__(self, path: Path, resumed_at_step: int) -> None:
-        """Records up to and including `resumed_at_step` are kept; a torn last line is not."""
-        self.path, self.resumed_at_step, self.started = path, resumed_at_step, False
+    def __init__(self, path: Path, *, epoch: int, step: int) -> None:
+        """Records of epochs before `epoch`, and of its training up to `step`, are kept; a torn last line is not."""
+        self.path, self.epoch, self.step, self.started = path, epoch, step, False
+
+    def _is_kept(self, record: dict[str, Any]) -> bool:
+        if record["kind"] == "train":
+            return record["step"] <= self.step
+        return record["epoch"] < self.epoch
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
         """Append one record: `kind`, counters and plain values."""
         if not self.started:
-            kept = [record for record in read(self.path) if record["step"] <= self.resumed_at_step]
+            kept = filter(self._is_kept, list(read(self.path)))
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.started = True
         with open(self.path, "a") as file:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.errors import EnvironmentProblem, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 CHAIN_FILE = ROOT / "jobs" / "chain.yaml"
-SHARED = ("labels", "staged", "submitted")  # folders of a chain beside its stages
-NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+SHARED = ("archives", "labels", "staged", "submitted")  # folders of a chain beside its stages
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_name(name: str, what: str = "name") -> str:
     """Return `name` if it is safe in a path, a job name and a shell. Raises: InputError."""
-    if not NAME.match(name) or set(name) == {"."}:
+    if not NAME.fullmatch(name) or set(name) == {"."}:
         raise InputError(f"{what} {name!r}: use 1 to 64 of A-Z a-z 0-9 . _ -")
     return name
 
@@ -49,10 +52,9 @@ class RunDir:
     def state(self) -> Path:
         return self.path / "state.json"
 
-    @property
-    def lock(self) -> Path:
-        """Held by rank 0 while the stage runs."""
-        return self.path / ".lock"
+    def claim(self, number: int) -> Path:
+        """Who may write here, see utils/run_lock.py."""
+        return self.path / f".claim_{number}.json"
 
     @property
     def backbone(self) -> Path:
@@ -62,6 +64,11 @@ class RunDir:
     def label_index(self, split: str) -> Path:
         """The cached label index of one split, shared by the stages of a chain."""
         return self.path.parent / "labels" / f"{split}.npz"
+
+    @property
+    def archives(self) -> Path:
+        """Which archives the stages of a chain were given: a file with the sha256 of each."""
+        return self.path.parent / "archives"
 
     def rank_log(self, job_id: str, restarts: int, rank: int) -> Path:
         return self.logs / f"{job_id}_{restarts}_rank{rank}.log"
@@ -119,6 +126,28 @@ def staging_root(run_dir: RunDir) -> Path:
         if value := os.environ.get(variable):
             return Path(value) / "relay"
     return run_dir.path.parent / "staged"
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder`, and what is missing above it, for this user alone; or check that others cannot write to it.
+
+    Raises: EnvironmentProblem when it cannot be made, is not a real folder of this user, or can be changed by
+    others. The folder above must be closed to them as well, or sticky like /tmp: else they could exchange it.
+    """
+    folder = Path(os.path.abspath(folder))
+    for path in reversed((folder, *folder.parents)):
+        if not os.path.lexists(path):
+            try:
+                path.mkdir(mode=0o700, exist_ok=True)  # other ranks may be here too
+            except OSError as error:
+                raise EnvironmentProblem(f"{path}: cannot be made: {error.strerror}") from None
+    found, above = folder.lstat(), folder.parent.stat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise EnvironmentProblem(f"{folder}: must be a real folder of this user; remove it or name another")
+    if found.st_mode & OTHERS_WRITE:
+        raise EnvironmentProblem(f"{folder}: others can write there; use chmod go-w, or name another")
+    if above.st_mode & OTHERS_WRITE and not above.st_mode & stat.S_ISVTX:
+        raise EnvironmentProblem(f"{folder}: others can exchange it; use chmod go-w {folder.parent}, or name another")
 
 
 def set_aside(path: Path) -> Path:

@@ -8,6 +8,11 @@ from typing import Literal
 ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
 DeviceName = Literal["auto", "cpu", "cuda"]
+# Where and how fast a stage runs, never which result it has: what is done stays done when these change.
+MACHINE_KEYS = frozenset(
+    {"run_dir", "resume", "device", "workers", "log_every", "collective_timeout", "allow_world_change"}
+    | {"checkpoint.every_steps", "checkpoint.every_minutes"}
+)
 Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 
 
@@ -27,6 +32,18 @@ class Sgd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When a checkpoint is saved, besides after each epoch and before a job ends."""
+
+    every_steps: int  # 0: not by steps
+    every_minutes: float  # 0: not by time
+
+    def problems(self) -> list[str]:
+        values = {"every_steps": self.every_steps, "every_minutes": self.every_minutes}
+        return [f"checkpoint.{name}={value}: 0 or more" for name, value in values.items() if not value >= 0]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     run_dir: str  # where config, metrics and checkpoints go
     batch_size: int  # images in one step of all ranks together
@@ -37,6 +54,10 @@ class Training:
     resume: str  # auto: this run's newest checkpoint; never; or a checkpoint's path
     device: DeviceName
     precision: Precision  # auto: bf16 where the hardware computes in it
+    deterministic: bool  # CUDA: the same bits in each run, slower; the CPU gives them anyway
+    checkpoint: Checkpoint
+    allow_world_change: bool  # go on with another number of ranks: same batches, other last digits
+    collective_timeout: float  # seconds without an answer after which a rank or loader process counts as lost
 
     def training_problems(self) -> list[str]:
         rules = [
@@ -45,5 +66,6 @@ class Training:
             (self.seed >= 0, f"seed={self.seed}: 0 or more"),
             (self.workers >= 0, f"workers={self.workers}: 0 or more"),
             (self.log_every >= 1, f"log_every={self.log_every}: at least 1"),
+            (self.collective_timeout > 0, f"collective_timeout={self.collective_timeout}: above 0"),
         ]
-        return [message for holds, message in rules if not holds]
+        return [message for holds, message in rules if not holds] + self.checkpoint.problems()

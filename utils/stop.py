@@ -1,0 +1,50 @@
+"""Signals that ask a run to end: noted here, acted on at the end of a step, never inside a handler."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+# Slurm ahead of the time limit (which one is the job's choice), and preemption, scancel or a terminal's kill.
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_received: list[str] = []
+
+
+def requested() -> str | None:
+    """The name of the first signal that has asked this process to end."""
+    return _received[0] if _received else None
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Note the signals instead of dying of them; afterwards they do what they did before."""
+    _received.clear()
+    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Deliver the signals only afterwards: to a process that is started here, once it lets them through."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def ignore() -> None:
+    """For helper processes: the signal goes to all processes of a job, and their parent decides."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
