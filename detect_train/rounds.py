@@ -76,7 +76,7 @@ def take_best(
         return
     state.best = None
     if cfg.best:
-        dist.from_rank_0(lambda: str(checkpoint_files.verify(Path(cfg.best or ""))))
+        checkpoint.check(Path(cfg.best))
         best = checkpoint.load(Path(cfg.best), "detector", REMEDY)
         check_same(identity, best)
         state.best = best["best"]

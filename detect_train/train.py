@@ -82,14 +82,20 @@ def train(
     if cfg.model.norm == "sync" and device.type == "cpu" and dist.size() > 1:
         raise InputError("model.norm=sync: on the CPU only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
-    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
+    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives)
     training, validation = read_labels(cfg, run_dir, root)
     batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
     identity: dict[str, Any] = {
         "architecture": {"num_classes": 1 + len(training.classes), **asdict(cfg.model)},
         "classes": list(training.classes),
     }
-    conditions = checkpoint.conditions(cfg, data=squashfs.fingerprint(root), device=device, precision=precision, optim=asdict(cfg.optim))
+    conditions = checkpoint.conditions(
+        cfg,
+        data=dist.from_rank_0(lambda: squashfs.fingerprint(root)),
+        device=device,
+        precision=precision,
+        optim=asdict(cfg.optim),
+    )
     state = rounds.start(cfg, identity, saved, same_round, conditions, device)
     if dist.rank() == 0:
         resume.make_room(run_dir.checkpoints, saved if same_round else None)

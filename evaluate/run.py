@@ -61,9 +61,10 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     if dist.rank() == 0:
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
+    checkpoint.check(Path(cfg.checkpoint))
     saved = load_detector(Path(cfg.checkpoint))
     model, classes = make_detector(cfg.checkpoint, saved)
-    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir))
+    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives)
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
     index = labels.load(root, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
     precision = resolve_precision(cfg.precision, device)
@@ -140,6 +141,8 @@ def write(
         "checkpoint": cfg.checkpoint,
         "sha256": files.sha256(Path(cfg.checkpoint)),
         "epoch": saved["epochs_done"] - 1,
+        "resumes": saved["resumes"],  # of all rounds
+        "exact": f"no, {'; '.join(saved['inexact'])}" if saved["inexact"] else "yes",
         "data": cfg.data.labeled,
         "split": index.split,
         "images": len(index),

@@ -79,12 +79,12 @@ def train(
 ) -> TrainState:
     """Train to the last epoch, from `saved` or from random weights."""
     precision = resolve_precision(cfg.precision, device)
-    archive = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir))
+    archive = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives)
     images = UnlabeledImages(archive, random_view(**asdict(cfg.augment)))
     batches = loader.GlobalBatches(len(images), cfg.batch_size, cfg.seed)
     conditions = checkpoint.conditions(
         cfg,
-        data=squashfs.fingerprint(archive),
+        data=dist.from_rank_0(lambda: squashfs.fingerprint(archive)),
         device=device,
         precision=precision,
         **{"optim": asdict(cfg.optim), "augment": asdict(cfg.augment), "epochs": cfg.epochs},

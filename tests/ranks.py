@@ -20,12 +20,17 @@ def run(
     argv: Sequence[object], environ: Mapping[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """Run one program from the checkout with one thread; output is captured, the exit code is not checked."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC"))}
     return subprocess.run(
         [str(word) for word in argv],
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})},
+        env=environment(environ or {}),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+def environment(own: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without what launchers left in it, for one thread a process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC"))}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **own}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,3 +70,36 @@ def test_a_rank_that_meets_another_run_on_its_port_is_refused(tmp_path: Path) ->
     result = run([sys.executable, "-c", PROGRAM, tmp_path], step(1, 2, "43"))
     assert result.returncode != 0
     assert f"belongs to another run; see {file}" in result.stderr
+
+
+RESUMED = """
+import hashlib, sys, torch
+from pathlib import Path
+from utils import dist
+from utils.paths import RunDir
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+with dist.session("cpu", RunDir(folder), timeout=60) as device:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(400, 400) for _ in range(4)))  # more than a bucket of gradients
+    if first:
+        model.load_state_dict(torch.load(folder / f"{first}.pth", weights_only=True))
+    parallel = dist.parallel(model, device)
+    for step in range(first, 3):
+        torch.manual_seed(10 * step + dist.rank())
+        model.zero_grad()
+        parallel(torch.randn(8, 400)).square().mean().backward()
+        for weights in model.parameters():
+            weights.data -= weights.grad
+        if dist.rank() == 0:
+            torch.save(model.state_dict(), folder / f"{step + 1}.pth")
+    total = hashlib.sha256(b"".join(weights.detach().numpy().tobytes() for weights in model.parameters()))
+    print(total.hexdigest() if dist.rank() == 0 else "")
+"""
+
+
+def test_gradients_of_three_ranks_are_summed_alike_in_the_first_step_and_later(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RESUMED)
+    whole, resumed = (torchrun(3, tmp_path / "program.py", tmp_path, first) for first in (0, 1))
+    assert (whole.returncode, resumed.returncode) == (0, 0), whole.stderr + resumed.stderr
+    digests = [re.search(r"[0-9a-f]{64}", done.stdout) for done in (whole, resumed)]
+    assert digests[0] and digests[1] and digests[0][0] == digests[1][0]

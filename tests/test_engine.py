@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, checkpoint_files, engine, hooks, loader, optim, resume
-from utils.errors import DivergedError, InputError
+from utils import checkpoint, checkpoint_files, engine, hooks, loader, log, optim, resume, stop
+from utils.errors import CheckpointError, DivergedError, InputError, Stopped
 from utils.metrics import MetricsWriter, read
 from utils.paths import RunDir
 from utils.shared_config import Checkpoint
@@ -79,12 +81,9 @@ def payload(state: engine.TrainState) -> dict[str, object]:
     return checkpoint.payload("toy", state=state, architecture={}, config={}, conditions=CONDITIONS)
 
 
-def restored(
-    path: Path, *, same_round: bool = True, allow_world_change: bool = False, **now: object
-) -> engine.TrainState:
+def restored(path: Path, *, same_round: bool = True, allow: bool = False, **now: object) -> engine.TrainState:
     state, saved = new_state(), checkpoint.load(path, "toy", "?")
-    conditions = CONDITIONS | now
-    resume.restore(state, saved, same_round=same_round, conditions=conditions, allow_world_change=allow_world_change)
+    resume.restore(state, saved, same_round=same_round, conditions=CONDITIONS | now, allow_world_change=allow)
     return state
 
 
@@ -201,3 +200,129 @@ def test_another_history_s_checkpoints_are_set_aside_not_counted(tmp_path: Path)
     assert not checkpoint_files.everything(directory) and (directory / "best.pth").exists()
     assert (tmp_path / "checkpoints.1" / "checkpoint_0007.pth").exists()
     assert (tmp_path / "checkpoints.2" / "checkpoint_0006.pth").exists()
+
+
+def test_a_checkpoint_every_few_steps_goes_on_within_the_epoch(tmp_path: Path) -> None:
+    whole = train(new_state(), tmp_path / "whole", 2)
+    train(new_state(), tmp_path / "cut", 1, every_steps=2)
+    directory = tmp_path / "cut" / "checkpoints"
+    assert [path.name for path in checkpoint_files.everything(directory)] == [
+        "checkpoint_0000_00000002.pth",
+        "checkpoint_0000.pth",
+    ]
+    state = restored(directory / "checkpoint_0000_00000002.pth")
+    assert (state.epoch, state.batch, state.step, len(state.rows), state.resumes) == (0, 2, 2, 2, 1)
+    resumed = train(state, tmp_path / "cut", 2)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert resumed.summary == whole.summary, "averages are of the whole epoch"
+
+
+def test_a_stop_is_saved_at_the_end_of_the_step(tmp_path: Path) -> None:
+    def stopped_at(step: int) -> optim.Schedule:
+        return lambda epoch, now: os.kill(os.getpid(), signal.SIGUSR2) or 0.05 if now == step else 0.05
+
+    whole = train(new_state(), tmp_path / "whole", 2, schedule=lambda epoch, step: 0.05)
+    state = new_state()
+    for step, names in ((1, ["checkpoint_0000_00000002.pth"]), (2, ["checkpoint_0000_00000003.pth"])):
+        with (
+            stop.listening(),
+            pytest.raises(Stopped, match=rf"stopped by SIGUSR2 after step {step + 1}, which is saved"),
+        ):
+            train(state, tmp_path / "cut", 2, schedule=stopped_at(step))
+        newest = checkpoint_files.everything(tmp_path / "cut" / "checkpoints")[-1:]
+        assert [path.name for path in newest] == names
+        state = restored(newest[0])
+    assert state.batch == 3 and not [r for r in read(tmp_path / "cut" / "metrics.jsonl") if r["epoch"]]
+    resumed = train(state, tmp_path / "cut", 2, schedule=lambda epoch, step: 0.05)  # from the end of an epoch's batches
+    assert resumed.resumes == 2 and resumed.summary == whole.summary
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    lines = [[(r["step"], r["square"]) for r in read(tmp_path / run / "metrics.jsonl")] for run in ("whole", "cut")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped"])
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    train(new_state(), tmp_path, 3)
+    directory = tmp_path / "checkpoints"
+    before, newest = checkpoint_files.everything(directory)
+    content = newest.read_bytes()
+    weights = content.index(checkpoint.read(newest)["model"]["0.weight"].numpy().tobytes())
+    newest.write_bytes(
+        {
+            "cut": content[:-100],
+            "zeroed": bytes(len(content)),
+            "flipped": content[:weights] + bytes([content[weights] ^ 1]) + content[weights + 1 :],
+        }[damage]
+    )
+    log.logger.addHandler(caplog.handler)
+    assert resume.starting_point("auto", None, directory, 0) == (before, True)
+    log.logger.removeHandler(caplog.handler)
+    assert f"{newest}: damaged" in caplog.text and f"going on from the one before: {before}" in caplog.text
+    before.write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"all checkpoints are damaged \(checkpoint_0002.pth, checkpoint_0001.pth\)"
+    ):
+        resume.starting_point("auto", "init.pth", directory, 0)
+    with pytest.raises(CheckpointError, match=r"best\.pth: damaged"):  # the same file as the newest
+        (directory / "best.pth").write_bytes(b"")
+        (directory / "best.pth.sha256").write_text(f"{'0' * 64}  best.pth\n")
+        resume.starting_point(str(directory / "best.pth"), None, directory, 0)
+
+
+def test_a_checkpoint_whose_hash_was_lost_must_be_readable(tmp_path: Path) -> None:
+    train(new_state(), tmp_path, 2)
+    directory = tmp_path / "checkpoints"
+    for path in directory.glob("*.sha256"):
+        path.unlink()
+    before, newest = checkpoint_files.everything(directory)
+    assert resume.newest_whole(directory) == newest
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert resume.newest_whole(directory) == before
+
+
+def test_the_newest_is_the_furthest_whatever_the_clocks_say(tmp_path: Path) -> None:
+    for name in (
+        "checkpoint_0009.pth",
+        "checkpoint_0010_00000123.pth",
+        "checkpoint_0010_00000124.pth",
+        "checkpoint_0010.pth",
+    ):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, -len(name) - int(name[12:15])))
+    assert checkpoint_files.newest(tmp_path) == tmp_path / "checkpoint_0010.pth"
+    (tmp_path / "checkpoint_0010.pth").unlink()
+    assert checkpoint_files.newest(tmp_path) == tmp_path / "checkpoint_0010_00000124.pth"
+
+
+def test_a_read_only_checkpoint_is_another_stage_s_and_stays(tmp_path: Path) -> None:
+    state = new_state()
+    for epoch in range(4):
+        state.epoch = epoch + 1
+        path = checkpoint.save(RunDir(tmp_path), payload(state))
+        if epoch == 0:
+            path.chmod(0o400)
+    names = [path.name for path in checkpoint_files.everything(tmp_path / "checkpoints")]
+    assert names == ["checkpoint_0000.pth", "checkpoint_0002.pth", "checkpoint_0003.pth"]
+
+
+def test_going_on_under_other_conditions_is_refused_or_noted(tmp_path: Path) -> None:
+    train(new_state(), tmp_path, 1, every_steps=2)
+    within, after = checkpoint_files.everything(tmp_path / "checkpoints")
+    for path in (within, after):
+        with pytest.raises(InputError, match="is of 1 ranks, this run has 2: start as many, or set allow_world_change"):
+            restored(path, world_size=2)
+        assert restored(path, world_size=2, same_round=False).inexact == []
+    with pytest.raises(
+        InputError, match="saved 2 batches into epoch 0, where these must stay: batch_size 4 -> 8; data"
+    ):
+        restored(within, batch_size=8, data="thirteen")
+    assert restored(after, batch_size=8).inexact == ["after step 3: batch_size 4 -> 8"]
+    assert restored(within).inexact == []
+    state = restored(within, world_size=2, threads=3, allow=True)
+    assert state.inexact == ["after step 2: world_size 1 -> 2", "after step 2: threads 1 -> 3"]
+    checkpoint.write(tmp_path / "on.pth", payload(state))
+    assert restored(tmp_path / "on.pth", same_round=False).inexact == state.inexact, "a later round knows"

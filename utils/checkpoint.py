@@ -8,7 +8,6 @@ a step's random numbers follow from (seed, step, rank), an item's from (seed, ep
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,10 +139,17 @@ def load(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     content = read(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project (format {content.get('format')!r}); {remedy}")
+    if missing := {"kind", "model", "epochs_done", "step"} - content.keys():
+        raise InputError(f"{path}: incomplete, without {', '.join(sorted(missing))}; {remedy}")
     if content["kind"] != kind:
         raise InputError(f"{path}: a {content['kind']} checkpoint, not a {kind}; {remedy}")
     log.info(f"{path}: {kind} after {content['epochs_done']} epochs, {content['step']} steps")
     return content
+
+
+def check(path: Path) -> None:
+    """Raise CheckpointError, on every rank, if rank 0 finds that a file is not what its hash beside it says."""
+    dist.from_rank_0(lambda: str(checkpoint_files.verify(path)))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # whatever torch's unpickler stumbles over in a damaged or hostile file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path}: not a readable weights file: {reason}") from None
     if not isinstance(content, dict):

@@ -49,19 +49,14 @@ def record(path: Path, digest: str) -> None:
 
 
 def known(path: Path) -> str | None:
-    """The hash written when `path` was saved, if there is one. Raises: CheckpointError when it cannot be read."""
-    try:
-        return sidecar(path).read_text().split()[0]
-    except FileNotFoundError:
-        return None
-    except (IndexError, UnicodeDecodeError):
-        raise CheckpointError(f"{sidecar(path)}: holds no hash; remove it if {path.name} is to be trusted") from None
+    """The hash written when `path` was saved, if there is one. Raises: InputError when that file holds none."""
+    return files.read_sha256(sidecar(path))
 
 
 def verify(path: Path) -> bool:
     """Whether the hash of `path` is known. Raises: CheckpointError when it is, and the file has another."""
     expected = known(path)
-    if expected and files.sha256(path) != expected:
+    if expected and path.exists() and files.sha256(path) != expected:
         raise CheckpointError(f"{path}: damaged: its sha256 is not the one written when it was saved")
     return expected is not None
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import env, log, rendezvous, run_lock, stop
+from utils import env, log, paths, rendezvous, run_lock, stop
 from utils.device import describe, make_deterministic, pick
 from utils.errors import RelayError, Stopped, error_like, exit_code, explained
 from utils.paths import RunDir
@@ -41,6 +42,7 @@ def session(
     world, _patience = env.world(), timeout
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
+        paths.make_private(run_dir.path)
         if world.rank == 0:
             stack.enter_context(run_lock.owned(run_dir))
         log.setup(world.rank, run_dir.rank_log(env.job_id(), env.restarts(), world.rank))
@@ -65,7 +67,9 @@ def session(
             _leave()
             raise
         except RuntimeError as error:
-            raise explained(error) from error
+            if problem := explained(error):
+                raise problem from error
+            raise
         _leave()
 
 
@@ -147,8 +151,12 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if size() == 1:
         return model
+    # Gradients are summed in other groups after a process's first step, a resumed one's too, unless they are
+    # searched for unused ones; sums of more than two ranks' feel that in the last digits.
+    exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=exact)
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:

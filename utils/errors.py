@@ -67,7 +67,7 @@ OUTSIDE = (
         "loader process {0} was killed ({1}), perhaps for memory; ask for more, or set fewer workers",
     ),
     (
-        r"DataLoader timed out after (\d+) seconds",
+        r"DataLoader timed out after (\d+)",
         "a loader process gave nothing for {0} s: it hangs, or the disk does; the rest of this log says more",
     ),
     (
@@ -77,12 +77,13 @@ OUTSIDE = (
 )
 
 
-def explained(error: RuntimeError) -> Exception:
-    """An EnvironmentProblem if `error` is torch's for a lost process, else `error` itself."""
-    for pattern, meaning in OUTSIDE:
-        if not isinstance(error, RelayError) and (match := re.search(pattern, str(error))):
-            return EnvironmentProblem(f"{meaning.format(*match.groups())} ({str(error).strip().splitlines()[0]})")
-    return error
+def explained(error: RuntimeError) -> EnvironmentProblem | None:
+    """What torch's error for a process that was lost means; None for another error."""
+    if not str(error).startswith("Caught "):  # a loader worker's own error
+        for pattern, meaning in OUTSIDE:
+            if match := re.search(pattern, str(error)):
+                return EnvironmentProblem(f"{meaning.format(*match.groups())} ({str(error).strip().splitlines()[0]})")
+    return None
 
 
 def message(error: BaseException) -> str:

@@ -9,12 +9,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from utils.errors import EnvironmentProblem
+from utils.errors import EnvironmentProblem, InputError
 
 
 class _Hashed(io.RawIOBase):
@@ -112,6 +113,19 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def write_new(path: Path, text: str) -> bool:
+    """Write `text` to `path`, whole, unless there is a file; whether this process was the one, of all on all nodes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_text(temporary, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` atomically, as indented JSON."""
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
@@ -125,6 +139,18 @@ def sha256(path: Path, progress: Callable[[int], object] = lambda done: None) ->
             digest.update(block)
             progress(len(block))
     return digest.hexdigest()
+
+
+def read_sha256(file: Path) -> str | None:
+    """The first hash in a file such as sha256sum writes; None if there is no file. Raises: InputError."""
+    try:
+        text = file.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    match = re.match(r"\\?([0-9a-fA-F]{64})(\s|$)", text)
+    if not match:
+        raise InputError(f"{file}: does not begin with a sha256, as sha256sum writes it; correct or remove it")
+    return match[1].lower()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import stat
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +30,11 @@ from utils import files, images, label_files, log
 from utils.errors import InputError
 from utils.shared_config import OnError
 
-FORMAT = 1  # of the cache; raise it with its content or with a check
+FORMAT = 2  # of the cache; raise it with its content or with a check
 ARRAYS = ("ids", "sizes", "offsets", "boxes", "labels")
 WORDS = ("classes", "files", "problems")
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # a damaged cache is a stale one
+# A damaged cache is a stale one; RuntimeError is zipfile's for flags that only a flipped bit can have set.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 SHOWN = 50  # lines of an error
 
 
@@ -111,6 +114,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise InputError(f"classes {path}: {error}") from None
     if not names or len(set(names)) != len(names):
         raise InputError(f"classes {path}: expected one distinct name a line, got {len(names)} names")
+    for name in names:
+        if not label_files.is_class_name(name):
+            raise InputError(f"classes {path}: {brief(name)}: at most {label_files.LONGEST_NAME} printable characters")
     return names
 
 
@@ -137,17 +143,27 @@ def _index(root: Path, split: str, classes: Sequence[str] | None, cache: Path) -
     if not pictures:
         raise InputError(f"{root / split / 'images'}: no images ({', '.join(images.SUFFIXES)})")
     fingerprint = hashlib.sha256(json.dumps([FORMAT, split, classes, pictures, texts]).encode()).hexdigest()
-    with contextlib.suppress(*UNREADABLE), np.load(cache) as saved:
-        if saved["fingerprint"].item() == fingerprint:
-            content: dict[str, Any] = {name: saved[name] for name in ARRAYS}
-            content |= {name: tuple(saved[name].tolist()) for name in WORDS}
+    with contextlib.suppress(*UNREADABLE):
+        if content := _saved(cache, fingerprint):
             return LabelIndex(root=root, split=split, **content)
     log.info(f"{root / split}: reading {len(texts)} labels, checking {len(pictures)} images")
     index = _build(root, split, classes, pictures, texts)
-    content = {name: getattr(index, name) for name in ARRAYS}
-    content |= {name: np.array(getattr(index, name), dtype=np.str_) for name in WORDS}
-    files.write_atomic(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **content))
+    arrays = {name: getattr(index, name) for name in ARRAYS}
+    words = np.array(json.dumps({name: getattr(index, name) for name in WORDS}))
+    files.write_atomic(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), words=words, **arrays))
     return index
+
+
+def _saved(cache: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What a cache holds if it is of these files; nothing of a file that somebody else could have written."""
+    status = cache.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o002:
+        return None
+    with np.load(cache, allow_pickle=False) as saved:
+        if saved["fingerprint"].item() != fingerprint:
+            return None
+        words = {name: tuple(value) for name, value in json.loads(saved["words"].item()).items()}
+        return words | {name: saved[name] for name in ARRAYS}
 
 
 def _build(

@@ -6,8 +6,11 @@ by index arithmetic, and each item seeds its random numbers from (seed, epoch, i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import random
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,3 +152,11 @@ def start(loader: DataLoader[Any]) -> Iterator[Any]:
     """`iter(loader)`; a signal meanwhile reaches no worker that does not ignore it yet."""
     with stop.held_back():
         return iter(loader)
+
+
+@atexit.register  # later than multiprocessing's own, which it therefore precedes
+def _end_workers() -> None:
+    """They ignore the TERM by which multiprocessing would end them with this program, and wait for it for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()

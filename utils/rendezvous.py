@@ -23,14 +23,14 @@ RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
 def store(world: env.World, run_dir: RunDir) -> dist.Store:
     """The key-value store of this run.
 
-    torchrun brings its own. Under Slurm rank 0 lets the system choose a free port and writes address,
-    port and a secret to a file that only this job step reads: no two jobs can meet on one port.
+    torchrun brings its own; the first rank to come claims it with a secret of the run directory. Under Slurm
+    rank 0 lets the system choose a free port and writes address, port and a secret to a file that only this job
+    step reads. So no two runs meet on one port.
+
+    Raises: EnvironmentProblem.
     """
     if world.launcher == "torchrun":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # the agent's own store already listens there
-        listens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return dist.PrefixStore("relay", dist.TCPStore(host, port, world.size, listens, RENDEZVOUS_TIMEOUT))
+        return _torchrun_store(world, run_dir)
     file = run_dir.rendezvous(env.job_id(), env.step_id(), env.restarts())
     if world.rank == 0:
         host, token = _own_address(), secrets.token_hex(16)
@@ -43,6 +43,27 @@ def store(world: env.World, run_dir: RunDir) -> dist.Store:
     if store.get("token").decode() != meeting["token"]:
         raise EnvironmentProblem(f"{meeting['host']}:{meeting['port']} belongs to another run; see {file}")
     return store
+
+
+def _torchrun_store(world: env.World, run_dir: RunDir) -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # the agent's own store already listens there
+    listens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        found = dist.TCPStore(host, port, world.size, listens, RENDEZVOUS_TIMEOUT, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        raise EnvironmentProblem(f"{host}:{port}: {str(error).splitlines()[0]}") from None
+    file = run_dir.logs / ".token"
+    owner = found.compare_set("relay/owner", "", _secret(file)).decode()
+    if owner != _secret(file):
+        raise EnvironmentProblem(f"{host}:{port} belongs to another run; see {file}")
+    return dist.PrefixStore("relay", found)
+
+
+def _secret(file: Path) -> str:
+    """What is in `file`; the first process to ask writes it."""
+    files.write_new(file, secrets.token_hex(16))
+    return file.read_text()
 
 
 def _wait_for(file: Path) -> dict:

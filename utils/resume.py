@@ -56,9 +56,7 @@ def newest_whole(directory: Path) -> Path | None:
         return path
     if damaged:
         listed = ", ".join(damaged)
-        raise CheckpointError(
-            f"{directory}: no checkpoint can be used ({listed} damaged); move them away to start anew"
-        )
+        raise CheckpointError(f"{directory}: all checkpoints are damaged ({listed}); move them away to start anew")
     return None
 
 
@@ -109,8 +107,8 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], allow_world_chang
     changed = {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
     if "world_size" in changed and not allow_world_change:
         raise InputError(
-            f"the checkpoint is of {before['world_size']} ranks, this run has {now['world_size']}: start as many, or set "
-            "allow_world_change=true to go on with the same batches, though not with the same last digits"
+            f"the checkpoint is of {before['world_size']} ranks, this run has {now['world_size']}: start as many, or "
+            "set allow_world_change=true to go on with the same batches, though not with the same last digits"
         )
     if torn := [text for key, text in changed.items() if key in ("batch_size", "seed", "data") and saved["batch"]]:
         where = f"{saved['batch']} batches into epoch {saved['epochs_done']}"

@@ -20,18 +20,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils import paths, squashfs_hash
 from utils.errors import EnvironmentProblem, InputError, cli
-from utils.files import lock, write_json
+from utils.files import lock, sha256, write_json
+from utils.progress import Progress
 from utils.squashfs_reader import Reader
 from utils.squashfs_unpack import check, extract, flush, remove, say, tally
 
 MARKER = ".staged.json"
 
 
-def stage(source: str | Path, root: Path) -> Path:
+def stage(source: str | Path, root: Path, records: Path | None = None) -> Path:
     """The folder with `source`'s content: itself, or for an archive its one unpacked copy under `root`.
 
-    Raises: InputError if `source` is missing, neither folder nor squashfs, or unsafe, see `unpack`;
+    The archive's sha256 is kept in the folder `records`; another archive under the same path is refused from then on.
+
+    Raises: InputError if `source` is missing, neither folder nor squashfs, unsafe or another one, see `unpack`;
     EnvironmentProblem if `root` is not ours alone, or full.
     """
     path = Path(source).expanduser().resolve()
@@ -39,27 +43,37 @@ def stage(source: str | Path, root: Path) -> Path:
         return path
     if not path.is_file():
         raise InputError(f"{source}: not found; give a squashfs archive or the folder unpacked from one")
-    _make_private(root)
-    key = hashlib.sha256(repr(_identity(path)).encode()).hexdigest()[:12]
-    return unpack(path, root / f"{path.stem}-{key}")
+    paths.make_private(root)
+    record = records / f"{path.stem}-{_key(str(path))}.sha256" if records else None
+    return unpack(path, root / f"{path.stem}-{_key(repr(_identity(path)))}", record)
 
 
-def unpack(archive: str | Path, dest: str | Path) -> Path:
+def fingerprint(folder: Path) -> str:
+    """Which data `folder`, made by `stage`, holds: the archive's sha256, or a hash of the names and sizes in it."""
+    marker = _marker(folder)
+    return marker["sha256"] if marker else squashfs_hash.of_folder(folder)
+
+
+def unpack(archive: str | Path, dest: str | Path, record: Path | None = None) -> Path:
     """Unpack `archive` as the new folder `dest`, or find it there, and return its absolute path.
 
-    Raises: InputError if the archive is damaged or cut short, holds device nodes, setuid files or links
-    that leave it, or if `dest` is something else; EnvironmentProblem if there is not enough space.
+    Its sha256 is compared with `<archive>.sha256`, if there is one, and with `record`, which is made if need be.
+
+    Raises: InputError if the archive is damaged, cut short or another one, holds device nodes, setuid files or
+    links that leave it, or if `dest` is something else; EnvironmentProblem if there is not enough space.
     """
     archive, dest = Path(archive).expanduser().resolve(), Path(os.path.abspath(dest))
     try:
         with Reader(archive) as reader:
             identity = _identity(archive)
-            if _is_staged(dest, identity):
-                return dest
-            with _locked(dest):
-                if not _is_staged(dest, identity):
-                    _unpack(archive, reader, dest, identity)
-                return dest
+            digest = _staged(dest, identity)
+            if not digest:
+                with _locked(dest):
+                    digest = _staged(dest, identity) or _unpack(archive, reader, dest, identity, record)
+        squashfs_hash.compare(archive, digest, record)
+        if record and not record.exists():
+            squashfs_hash.remember(archive, digest, record)
+        return dest
     except OSError as error:
         raise EnvironmentProblem(f"cannot unpack {archive} as {dest}: {error}") from error
 
@@ -69,17 +83,8 @@ def _identity(archive: Path) -> dict[str, Any]:
     return {"archive": str(archive), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _make_private(root: Path) -> None:
-    if not os.path.lexists(root):
-        try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # other ranks may be here too
-        except OSError as error:
-            raise EnvironmentProblem(f"staging folder {root}: cannot be made: {error.strerror}") from error
-    mode = root.lstat().st_mode
-    if not _is_our_folder(root) or (mode & 0o022 and not mode & stat.S_ISVTX):
-        raise EnvironmentProblem(
-            f"staging folder {root}: must be a real folder of this user that others cannot write to"
-        )
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _is_our_folder(path: Path) -> bool:
@@ -87,20 +92,25 @@ def _is_our_folder(path: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
-def _is_staged(dest: Path, identity: dict[str, Any]) -> bool:
-    """Whether `dest` is this archive, unpacked by this user. Raises: InputError if it is anything else."""
-    if not os.path.lexists(dest):
-        return False
+def _marker(folder: Path) -> dict[str, Any] | None:
     try:
-        marker = json.loads((dest / MARKER).read_text())
+        marker = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
-        marker = None
-    if not _is_our_folder(dest) or not isinstance(marker, dict):
+        return None
+    return marker if isinstance(marker, dict) and isinstance(marker.get("sha256"), str) else None
+
+
+def _staged(dest: Path, identity: dict[str, Any]) -> str | None:
+    """The archive's sha256 if `dest` is it, unpacked by this user. Raises: InputError if it is anything else."""
+    if not os.path.lexists(dest):
+        return None
+    marker = _marker(dest)
+    if not _is_our_folder(dest) or not marker:
         raise InputError(f"{dest} exists and was not unpacked here by this user; remove it or name another")
     if not identity.items() <= marker.items():
         raise InputError(f"{dest} holds another archive, {marker.get('archive')}; remove it or name another")
     say(f"{identity['archive']} is already unpacked: {dest}")
-    return True
+    return marker["sha256"]
 
 
 @contextlib.contextmanager
@@ -115,12 +125,16 @@ def _locked(dest: Path) -> Iterator[None]:
         yield
 
 
-def _unpack(archive: Path, reader: Reader, dest: Path, identity: dict[str, Any]) -> None:
+def _unpack(archive: Path, reader: Reader, dest: Path, identity: dict[str, Any], record: Path | None) -> str:
+    """Returns the archive's sha256."""
     prefix = f".{dest.name}.{socket.gethostname()}."
     for left in dest.parent.iterdir():  # by a process of this node that was killed: we hold the lock
         if left.name.startswith(prefix) and _is_our_folder(left):
             remove(left)
     files, size = check(archive, reader, dest.parent)
+    with Progress(f"hash {archive.name}", identity["size"], "B") as progress:
+        digest = sha256(archive, progress.update)
+    squashfs_hash.compare(archive, digest, record)  # before it takes time and space
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=dest.parent))
     tree = temporary / "tree"
     try:
@@ -129,14 +143,16 @@ def _unpack(archive: Path, reader: Reader, dest: Path, identity: dict[str, Any])
             raise InputError(f"{archive}: lists {files} files, {size} bytes, gave {unpacked}; copy it again")
         os.chown(tree, os.geteuid(), os.getegid())  # to root, unsquashfs gives the archive's owners
         flush(tree)
-        write_json(tree / MARKER, identity | {"files": files, "bytes": size})
+        write_json(tree / MARKER, identity | {"files": files, "bytes": size, "sha256": digest})
         try:
             tree.rename(dest)
         except OSError:  # on a shared disk another node, where our lock does not hold, may have been first
-            if not _is_staged(dest, identity):
+            if not (staged := _staged(dest, identity)):
                 raise
+            digest = staged
     finally:
         remove(temporary)
+    return digest
 
 
 def main(argv: list[str] | None = None) -> Path:

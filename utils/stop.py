@@ -24,13 +24,13 @@ def _note(number: int, _: FrameType | None) -> None:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Note the signals instead of dying of them; afterwards they do what they did before."""
-    _received.clear()
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ the loader here uses the scalars of YAML 1.2's core schema. It is the C one: 6 t
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, ClassVar
 
 import yaml
 
@@ -19,42 +20,65 @@ DEEPEST = 1000  # levels of nesting; a text needs at least as many bytes for the
 
 
 class TypedLoader(yaml.CSafeLoader):
-    """SafeLoader with YAML 1.2 scalars that refuses a key given twice."""
+    """SafeLoader with YAML 1.2 scalars, lists and mappings of words, and nothing else.
+
+    No merging of mappings either: 600 bytes of `!!merge` can ask for more memory than a node has.
+    """
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute)
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _error("a key is a word or a number", key)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise _error(f"key {key.value!r} stands twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave `!!merge` keys as they are: a tag that nothing constructs."""
 
-for tag, pattern, first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
+
+def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _add_scalar(tag: str, pattern: str, first: list[str], convert: Callable[[str], Any]) -> None:
+    """Read plain scalars that `pattern` fits, and scalars with this tag, by `convert`."""
+    expression = re.compile(pattern)
+
+    def construct(loader: TypedLoader, node: yaml.ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
+        try:
+            if expression.match(text):
+                return convert(text)
+        except ValueError as error:  # an integer of thousands of digits
+            raise _error(str(error), node) from None
+        raise _error(f"{brief(text)} is no {tag}", node)
+
+    TypedLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", expression, first)
+    TypedLoader.add_constructor(f"tag:yaml.org,2002:{tag}", construct)
+
+
+_add_scalar("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None)
+_add_scalar("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"), lambda text: text.lower() == "true")
+_add_scalar("int", r"^[-+]?[0-9]+$", list("-+0123456789"), int)
+_add_scalar(
+    "float",
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+    list("-+.0123456789"),
+    lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+)
+for tag, construct in (
+    ("tag:yaml.org,2002:str", TypedLoader.construct_yaml_str),
+    ("tag:yaml.org,2002:seq", TypedLoader.construct_yaml_seq),
+    ("tag:yaml.org,2002:map", TypedLoader.construct_yaml_map),
+    (None, TypedLoader.construct_undefined),
 ):
-    TypedLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
-
-
-def _int(loader: TypedLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
-
-
-def _float(loader: TypedLoader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-TypedLoader.add_constructor("tag:yaml.org,2002:int", _int)
-TypedLoader.add_constructor("tag:yaml.org,2002:float", _float)
+    TypedLoader.add_constructor(tag, construct)  # type: ignore[type-var]
 
 
 def _check_depth(text: str | bytes) -> None:
@@ -75,11 +99,17 @@ def parse(text: str | bytes, name: str) -> Any:
         if len(text) > DEEPEST:
             _check_depth(text)
         return yaml.load(text, Loader=TypedLoader)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # PyYAML's constructors raise the others for values that do not fit their tag
+    except yaml.reader.ReaderError as error:
+        raise InputError(f"{name}:{_line(text, error.position)}: bad YAML: {error.reason}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise InputError(f"{where}: bad YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _line(text: str | bytes, position: int) -> int:
+    """The number of the line that holds byte `position`."""
+    return (text.encode() if isinstance(text, str) else text)[:position].count(b"\n") + 1
 
 
 def read(path: Path) -> Any:

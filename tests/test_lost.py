@@ -1,0 +1,99 @@
+"""Processes of a run that are killed or stopped: it ends soon, says why, and goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import recorder
+from tests.ranks import environment
+from tests.test_dist import step
+from tests.test_resume import check_steps
+from tests.test_ssl_train import SMALL, write_images
+from utils.paths import ROOT
+
+TIMEOUT = 6  # seconds without an answer
+EPOCHS = 5  # of 7 steps
+
+
+class TwoRanks:
+    """Pretraining by two processes with a loader worker each, as in a Slurm step: nobody ends one for the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.job = folder, 50
+        words = [
+            "--dataset-root",
+            write_images(folder / "images", 28),
+            f"epochs={EPOCHS}",
+            "workers=1",
+            *SMALL[:5],
+            *SMALL[6:],
+        ]
+        self.words = [*words, "checkpoint.every_steps=3", "log_every=1", f"collective_timeout={TIMEOUT}"]
+
+    def start(self, name: str) -> list[subprocess.Popen[str]]:
+        self.job += 1
+        command = [sys.executable, "-m", "tests.faults.recorder", self.folder / f"{name}.jsonl", "ssl_train.train"]
+        command += ["--run-dir", self.folder / name, *self.words]
+        return [
+            subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=environment(step(rank, 2, str(self.job))),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+
+    def lines(self, name: str) -> list[dict[str, object]]:
+        file = self.folder / f"{name}.jsonl"
+        return recorder.read(file) if file.exists() else []
+
+
+def worker_of(process: subprocess.Popen[str]) -> int:
+    """The loader worker of a rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if "recorder" in Path(f"/proc/{pid}/cmdline").read_text())
+
+
+LOST = "ERROR 75: lost another rank, which ended or did not answer in time"
+FAULTS: list[tuple[str, Callable[[subprocess.Popen[str]], int], signal.Signals, str]] = [
+    ("a killed rank", lambda process: process.pid, signal.SIGKILL, LOST),
+    ("a stopped rank", lambda process: process.pid, signal.SIGSTOP, LOST),
+    ("a killed worker", worker_of, signal.SIGKILL, "was killed (Killed), perhaps for memory"),
+    ("a stopped worker", worker_of, signal.SIGSTOP, f"a loader process gave nothing for {TIMEOUT} s"),
+]
+
+
+def test_ranks_and_workers_that_are_lost(tmp_path: Path) -> None:
+    two = TwoRanks(tmp_path)
+    assert [process.wait() for process in two.start("whole")] == [0, 0]
+    whole = {line["step"]: line for line in two.lines("whole")}
+    for what, victim, fault, message in FAULTS:
+        before = len(two.lines("cut"))
+        ranks = two.start("cut")
+        while len(two.lines("cut")) < before + 5:
+            assert [process.poll() for process in ranks] == [None, None], what
+            time.sleep(0.02)
+        pid = victim(ranks[1])
+        os.kill(pid, fault)
+        _, said = ranks[0].communicate(timeout=TIMEOUT + 30)
+        assert ranks[0].returncode == 75, (what, said)
+        if victim is not worker_of:
+            ranks[1].kill()  # a stopped one is still there
+            assert message in said, (what, said)
+        else:
+            _, said = ranks[1].communicate(timeout=TIMEOUT + 30)
+            assert (ranks[1].returncode, message in said) == (75, True), (what, said)
+        ranks[1].wait()
+    assert [process.wait() for process in two.start("cut")] == [0, 0]
+    lines = two.lines("cut")
+    assert len(lines) > len(whole) == 7 * EPOCHS, "some steps were done again"
+    check_steps(whole, lines)

@@ -1,0 +1,42 @@
+"""Which data it was: the sha256 of an archive, compared with every one that was written down for it.
+
+squashfs has no checksum over its data: with one flipped bit an archive unpacks without a word, and wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from utils import files
+from utils.errors import InputError
+
+
+def compare(archive: Path, digest: str, record: Path | None) -> None:
+    """Raise InputError if `digest` is not what is written in `<archive>.sha256` beside it, or in `record`."""
+    beside = archive.with_name(f"{archive.name}.sha256")
+    if (known := files.read_sha256(beside)) and known != digest:
+        raise InputError(
+            f"{archive}: damaged or exchanged: its sha256 is {digest}, {beside} says {known}; copy it again"
+        )
+    if record and (known := files.read_sha256(record)) and known != digest:
+        raise InputError(
+            f"{archive}: not the archive this chain began with: its sha256 is {digest}, was {known}; put that one "
+            f"back, give the chain another --name, or remove {record} to accept the change"
+        )
+
+
+def remember(archive: Path, digest: str, record: Path) -> None:
+    """Write `digest` to `record`, unless one stands there; then compare with it. Raises: InputError."""
+    if not files.write_new(record, f"{digest}  {archive}\n"):  # only one of several nodes can
+        compare(archive, digest, record)
+
+
+def of_folder(folder: Path) -> str:
+    """A hash of the names and sizes of all files below `folder`."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            found.append(os.fsencode(path.relative_to(folder)) + b"\0%d\n" % path.lstat().st_size)
+    return hashlib.sha256(b"".join(sorted(found))).hexdigest()
