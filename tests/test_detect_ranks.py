@@ -6,6 +6,7 @@ This file is the program of the ranks, too: what each ended with is saved and co
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate import run as evaluate
 from tests.labeled_set import write_set
 from tests.ranks import torchrun
 from tests.test_detect_train import fine_tune, records
 from utils import checkpoint, engine
+from utils.errors import InputError
 
 
 def one_rank(folder: Path) -> None:
@@ -72,3 +75,27 @@ def test_statistics_over_ranks_need_gpus(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "detect_train.train", *words)
     assert done.returncode != 0
     assert "ERROR 2: model.norm=sync: on the CPU only with one rank" in done.stderr
+
+
+def test_another_number_of_ranks_is_refused_or_goes_on_and_the_report_says_so(
+    ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, _ = ranks
+    shutil.copytree(folder / "run", tmp_path / "run")
+    with pytest.raises(
+        InputError, match="is of 2 ranks, this run has 1: start as many, or set allow_world_change=true"
+    ):
+        fine_tune(tmp_path / "run", folder / "data", 2)
+    last = fine_tune(tmp_path / "run", folder / "data", 2, "allow_world_change=true")["outputs"]["last"]
+    saved = checkpoint.read(last)
+    assert (saved["step"], saved["resumes"]) == (4, 1), "the same global batches"
+    words = [
+        "--run-dir",
+        str(tmp_path / "eval"),
+        "--dataset-root",
+        str(folder / "data"),
+        "--checkpoint-path",
+        str(last),
+    ]
+    report = evaluate.main([*words, "device=cpu", "workers=0"])["outputs"]["report"].read_text()
+    assert "# resumes: 1\n# exact: no, after step 2: world_size 2 -> 1" in report

@@ -45,6 +45,7 @@ def train(
     schedule: optim.Schedule | None = None,
     poison: int = -1,
     every_steps: int = 0,
+    every_minutes: float = 0,
 ) -> engine.TrainState:
     """Train on the CPU, writing metrics and checkpoints to `run`; the loss of step `poison` is not finite."""
 
@@ -57,7 +58,7 @@ def train(
         loader.Seeded(Numbers(), SEED), batches, workers=0, device=torch.device("cpu"), collate=torch.stack
     )
     run_dir = RunDir(run)
-    when = Checkpoint(every_steps=every_steps, every_minutes=0)
+    when = Checkpoint(every_steps=every_steps, every_minutes=every_minutes)
     writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % 2)
     metrics = hooks.LogMetrics(writer, every=2, batch_size=4, files=lambda *at: [Path(f"{at}.png")])
     engine.fit(
@@ -216,6 +217,14 @@ def test_a_checkpoint_every_few_steps_goes_on_within_the_epoch(tmp_path: Path) -
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     assert resumed.summary == whole.summary, "averages are of the whole epoch"
+
+
+def test_a_checkpoint_every_few_minutes(tmp_path: Path) -> None:
+    for every, saved in ((1e-9, "checkpoint_0000_00000002.pth"), (60, None)):
+        with pytest.raises(DivergedError):
+            train(new_state(), tmp_path / str(every), 1, poison=2, every_minutes=every)
+        newest = checkpoint_files.newest(tmp_path / str(every) / "checkpoints")
+        assert (newest.name if newest else None) == saved
 
 
 def test_a_stop_is_saved_at_the_end_of_the_step(tmp_path: Path) -> None:

@@ -58,6 +58,35 @@ def test_the_machine_s_failures_are_told_from_the_user_s() -> None:
     assert errors.exit_code(errors.DivergedError("nan")) == 4
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InputError("no such file"), 2), (errors.CheckpointError("all are damaged"), 3),
+        (errors.DivergedError("loss is nan"), 4), (errors.EnvironmentProblem("no disk"), 75), (KeyError("x"), 1),
+    ],
+)  # fmt: skip
+def test_a_program_ends_with_the_code_and_one_line(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        errors.cli(program)
+    assert ended.value.code == code
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last == f"ERROR {code}: {error}"
+    assert (before[:1] == ["Traceback (most recent call last):"]) == (code == 1)
+
+
+def test_a_stopped_program_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    def program() -> None:
+        raise errors.Stopped("stopped by SIGTERM after step 7")
+
+    errors.cli(program)  # no SystemExit: exit code 0
+    assert capsys.readouterr() == ("stopped by SIGTERM after step 7\n", "")
+
+
 def test_a_long_cause_is_cut() -> None:
     assert len(errors.one_line(RuntimeError("word " * 1000))) < 400
 

@@ -53,7 +53,7 @@ def save(path: Path, kind: str, model: torch.nn.Module, **extra: Any) -> Path:
     state = TrainState(model=model, optimizer=optimizer, epoch=7, step=70)
     saved_config = {"backbone": "/gone/backbone.pth"}
     content = checkpoint.payload(
-        kind, state=state, architecture=ARCHITECTURE, config=saved_config, world_size=1, **extra
+        kind, state=state, architecture=ARCHITECTURE, config=saved_config, conditions={}, **extra
     )
     checkpoint.write(path, content)
     return path

@@ -100,10 +100,14 @@ def barrier() -> None:
 
 def agree(value: str) -> str:
     """Rank 0's `value` on every rank."""
-    holder = [value]
-    if size() > 1:
-        dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+    if size() == 1:
+        return value
+    # as bytes: torch's own way to send objects unpickles what it gets
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = torch.tensor(list(value.encode()), dtype=torch.uint8, device=device)
+    length = broadcast(torch.tensor(len(text), device=device))
+    text = broadcast(text if rank() == 0 else text.new_zeros(int(length)))
+    return bytes(text.tolist()).decode()
 
 
 def from_rank_0(decide: Callable[[], str]) -> str:
