@@ -229,7 +229,12 @@ def test_a_checkpoint_every_few_minutes(tmp_path: Path) -> None:
 
 def test_a_stop_is_saved_at_the_end_of_the_step(tmp_path: Path) -> None:
     def stopped_at(step: int) -> optim.Schedule:
-        return lambda epoch, now: os.kill(os.getpid(), signal.SIGUSR2) or 0.05 if now == step else 0.05
+        def rate(epoch: int, now: int) -> float:
+            if now == step:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return 0.05
+
+        return rate
 
     whole = train(new_state(), tmp_path / "whole", 2, schedule=lambda epoch, step: 0.05)
     state = new_state()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.faults import recorder
 from tests.ranks import environment
@@ -52,7 +53,7 @@ class TwoRanks:
             for rank in (0, 1)
         ]
 
-    def lines(self, name: str) -> list[dict[str, object]]:
+    def lines(self, name: str) -> list[dict[str, Any]]:
         file = self.folder / f"{name}.jsonl"
         return recorder.read(file) if file.exists() else []
 

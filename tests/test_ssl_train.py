@@ -125,7 +125,11 @@ def test_wrong_data_and_wrong_checkpoints_end_with_code_2(
         (tmp_path / "empty", [], "no PNG or JPEG"),
         (tmp_path / "none", [], "none: not found"),
         (data, ["batch_size=16", "model.queue=16"], "batch_size=16 is more than the 14 training images"),
-        (data, [f"resume={last}", "model.queue=12"], "the checkpoint's model is .*'queue': 10.*this run's .*'queue': 12"),
+        (
+            data,
+            [f"resume={last}", "model.queue=12"],
+            "the checkpoint's model is .*'queue': 10.*this run's .*'queue': 12",
+        ),
         (data, [f"resume={whole[0] / 'backbone.pth'}"], "not a checkpoint of this project"),
     ):
         with pytest.raises(InputError, match=message) as caught:
