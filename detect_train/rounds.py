@@ -62,18 +62,8 @@ def start(
     return state
 
 
-def take_best(
-    cfg: Config, identity: Identity, state: TrainState, directory: Path, saved: Mapping[str, Any] | None
-) -> None:
-    """See that `directory` has the best checkpoint so far under its name.
-
-    A new round begins with the one of the rounds before, if given; without it the best is this round's own. A round
-    that goes on from `saved` may have been killed between saving that and naming it the best.
-    """
-    if saved:
-        if saved["is_best"] and dist.rank() == 0:
-            checkpoint.adopt(directory / checkpoint.file_name(saved), directory / checkpoint_files.BEST)
-        return
+def adopt_best(cfg: Config, identity: Identity, state: TrainState, directory: Path) -> None:
+    """Begin a new round with the best checkpoint so far, if given; without it the best is this round's own."""
     state.best = None
     if cfg.best:
         checkpoint.check(Path(cfg.best))
@@ -82,6 +72,12 @@ def take_best(
         state.best = best["best"]
         if dist.rank() == 0:
             checkpoint.adopt(Path(cfg.best), directory / checkpoint_files.BEST)
+
+
+def name_best(saved: Mapping[str, Any], path: Path) -> None:
+    """Finish a save that was killed between writing the best checkpoint and naming it so."""
+    if saved["is_best"] and dist.rank() == 0:
+        checkpoint.adopt(path, path.with_name(checkpoint_files.BEST))
 
 
 def check_same(identity: Identity, saved: Mapping[str, Any]) -> None:

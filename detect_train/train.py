@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         directory = run_dir.checkpoints
         path, same_round = resume.starting_point(cfg.resume, cfg.init, directory, env.restarts())
         saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
+        if path and saved and same_round:
+            rounds.name_best(saved, path)
         if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
@@ -99,7 +101,8 @@ def train(
     state = rounds.start(cfg, identity, saved, same_round, conditions, device)
     if dist.rank() == 0:
         resume.make_room(run_dir.checkpoints, saved if same_round else None)
-    rounds.take_best(cfg, identity, state, run_dir.checkpoints, saved if same_round else None)
+    if not same_round:
+        rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
 
     def payload(state: TrainState) -> dict[str, Any]:
         return checkpoint.payload(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,18 @@ def test_a_diverged_epoch_is_not_saved(tmp_path: Path, data: Path) -> None:
         fine_tune(tmp_path / "run", data, 20, lr=1e6)
     for path in checkpoint_files.everything(RunDir(tmp_path / "run").checkpoints):
         assert all(value.isfinite().all() for value in checkpoint.read(path)["model"].values())
+
+
+def test_a_kill_between_saving_the_best_and_naming_it_loses_nothing(
+    tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path
+) -> None:
+    run, _ = r1
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = RunDir(tmp_path / "run").checkpoints
+    newest = checkpoint_files.newest(checkpoints)
+    assert newest
+    checkpoint.write(newest, {**checkpoint.read(newest), "is_best": True})
+    checkpoint_files.record(newest, sha256(newest))
+    (checkpoints / "best.pth").unlink()
+    outputs = fine_tune(tmp_path / "run", data, 2)["outputs"]
+    assert sha256(outputs["best"]) == sha256(outputs["last"]) and checkpoint_files.verify(outputs["best"])
