@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEED ?= 1
+FAULTS ?= 40
 
-.PHONY: demo test check cluster-up cluster-down install install-dev
+.PHONY: demo test check chaos cluster-up cluster-down install install-dev
 
 demo: install
 	$(BIN)/python -m utils.sample_data data/demo
@@ -15,8 +17,12 @@ test: install-dev check
 
 check: install-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy jobs ssl_train detect_train evaluate utils tests
+	$(BIN)/mypy jobs ssl_train detect_train evaluate utils bench tests
 	$(BIN)/lint-imports
+
+chaos: install-dev # FAULTS random kills on a chain, drawn from SEED; on two cores about half an hour
+	$(BIN)/python -m tests.cluster install
+	$(BIN)/python -m tests.chaos --seed $(SEED) --faults $(FAULTS)
 
 cluster-up: install-dev
 	$(BIN)/python -m tests.cluster up

@@ -13,22 +13,23 @@ A word key=value goes to every selected stage that knows the key, r1.key=value t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: the checkout belongs on the path, jobs/ does not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs import local, preflight, scheduler, stages, state, status, submit
+from jobs import enqueue, local, preflight, scheduler, stages, state, status, submit, tagged
+from jobs.alone import alone
 from jobs.plan import Resources, Step, make, select
+from jobs.scheduler import Patience
 from jobs.stages import Chain
-from utils import files
+from jobs.tagged import Queued
 from utils.errors import InputError, cli
 from utils.paths import CHAIN_FILE, ROOT
 
@@ -41,6 +42,7 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
     cluster = arguments.cluster or ("slurm" if shutil.which("sbatch") else "local")
     print(f"chain {chain.name}: {', '.join(selected)} on cluster {cluster}", flush=True)
     asked: dict[str, Resources] = {}
+    patience = Patience()
     if cluster == "slurm":
         scheduler.prepare_environment(submit.options(arguments.sbatch, "--sbatch"))
         asked = {stage: submit.resources(chain, stage, arguments.sbatch) for stage in selected}
@@ -55,51 +57,48 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
         ranks = submit.ranks(asked[step.stage]) if asked else arguments.ranks
         problems += [f"{step.stage}: {text}" for text in preflight.problems(chain, step, ranks)]
     if asked:
-        problems += submit.refusals(chain, {step.stage: asked[step.stage] for step in starting})
+        problems += submit.refusals(chain, {step.stage: asked[step.stage] for step in starting}, patience)
     if problems:
         raise InputError("\n  ".join(["nothing was started:", *problems]))
     if arguments.dry_run:
-        show(chain, steps, asked, arguments.ranks, _live(chain, steps, asked))
+        show(chain, steps, asked, arguments.ranks, _live(chain, steps, asked, patience))
         return
-    with _locked(chain):
+    with alone(chain, cluster):
         steps, _ = make(chain, selected, arguments.words, again)  # another launcher may have been at work
-        live = _live(chain, steps, asked)
+        _live(chain, steps, asked, patience)
         if asked:
-            print(status.columns(submit.submit(chain, steps, asked, live)))
+            print(status.columns(enqueue.submit_all(chain, steps, asked, patience)))
         else:
             local.run(chain, steps, arguments.ranks, debug=cluster == "debug")
             print(local.results(chain))
 
 
-def _live(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources]) -> dict[str, str]:
-    """Stage -> its job that is queued or running. Raises: InputError for one that is in the way of a step."""
-    live = dict(scheduler.queued(chain) if asked or scheduler.is_used(chain) else ())
-    blocked = {"again"} if asked else {"again", "run"}
-    names = [step.stage for step in steps if step.stage in live and step.action in blocked]
-    if names:
-        listed = ", ".join(f"{name} (job {live[name]})" for name in names)
-        raise InputError(f"queued or running: {listed}; wait, or --cancel first")
-    keep = submit.kept(steps, live)
+def _live(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], patience: Patience) -> dict[str, Queued]:
+    """Stage -> its job that is there and stays. Raises: InputError for one that is in the way of a step."""
+    live = tagged.settled(chain, patience.call) if asked or tagged.is_used(chain) else []
+    blocked = {step.stage for step in steps if step.action == "again" or (step.action == "run" and not asked)}
+    if names := [f"{job.stage} (job {job.id})" for job in live if job.stage in blocked]:
+        raise InputError(f"queued or running: {', '.join(names)}; wait, or --cancel first")
+    keep = enqueue.kept(steps, live)
     for step in steps:
         if job := keep.get(step.stage):
-            before = scheduler.configuration(chain, step.stage, job)
+            before = tagged.configuration(chain, job)
             if changed := state.differences(before or {}, step.config):
-                now = "running" if state.read(chain, step.stage).get("job_id") == job else "queued"
-                listed = f"{step.stage} is {now} (job {job}) with another configuration: {', '.join(changed)}"
+                now = "queued" if job.pending else "running"
+                listed = f"{step.stage} is {now} (job {job.id}) with another configuration: {', '.join(changed)}"
                 raise InputError(f"{listed}; --cancel first")
-    return live
+    return keep
 
 
 def show(
-    chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], ranks: int, live: Mapping[str, str]
+    chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], ranks: int, keep: Mapping[str, Queued]
 ) -> None:
     """Print what would be run, after what."""
-    keep = submit.kept(steps, live)
     started = {step.stage for step in steps if step.action != "skip"}
     for step in steps:
         words = {"skip": "done already, skipped", "run": "run", "again": "set aside, run again"}
         if job := keep.get(step.stage):
-            print(f"\n# {step.stage}: kept, job {job}")
+            print(f"\n# {step.stage}: kept, job {job.id}")
             continue
         print(f"\n# {step.stage}: {words[step.action]}")
         if step.action == "skip":
@@ -107,27 +106,17 @@ def show(
         if not asked:
             print(shlex.join(local.command(chain, step, ranks)))
             continue
-        after = [keep.get(parent, f"<{parent}>") for parent in step.needs if parent in started]
-        print(submit.script(submit.executor(chain, step.stage, asked[step.stage], after)))
-        print(f"# it runs: python -m jobs.worker {shlex.join(chain.worker_words(step.stage, step.words))}")
-
-
-@contextlib.contextmanager
-def _locked(chain: Chain) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.lock(chain.dir.lock, blocking=False))
-        except BlockingIOError:
-            raise InputError(f"another launcher is at work on {chain.name} ({chain.dir.lock})") from None
-        yield
+        after = [keep[parent].id if parent in keep else f"<{parent}>" for parent in step.needs if parent in started]
+        command = submit.command(chain, step.stage, step.words)
+        print(submit.script(submit.executor(chain, step.stage, asked[step.stage], after), command))
 
 
 def cancel(chain: Chain) -> None:
     """Cancel the chain's jobs that are queued or running."""
-    queued = scheduler.queued(chain)
+    queued = tagged.queued(chain)
     if queued:
-        scheduler.cancel([job for _, job in queued])
-    listed = ", ".join(f"{stage} (job {job})" for stage, job in queued)
+        scheduler.cancel([job.id for job in queued])
+    listed = ", ".join(f"{job.stage} (job {job.id})" for job in queued)
     print(f"cancelled: {listed or 'nothing was queued or running'}")
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs import state, status, worker
+from jobs.after import silent_end
 from jobs.plan import Step
 from jobs.stages import Chain
-from utils import env, paths
-from utils.errors import RelayError
+from utils import env, paths, stop
+from utils.errors import RelayError, Stopped
 from utils.paths import ROOT
 
 
@@ -33,7 +36,7 @@ def command(chain: Chain, step: Step, ranks: int) -> list[str]:
 def run(chain: Chain, steps: Sequence[Step], ranks: int, debug: bool) -> None:
     """Run the steps of a plan; with `debug` inside this process.
 
-    Raises: StageFailed; with `debug` what the stage raises.
+    Raises: StageFailed; Stopped by a signal, with the stage's work saved; with `debug` what the stage raises.
     """
     for step in steps:
         if step.action == "skip":
@@ -46,20 +49,33 @@ def run(chain: Chain, steps: Sequence[Step], ranks: int, debug: bool) -> None:
         if debug:
             worker.run(chain, step.stage, step.words)
             continue
-        with subprocess.Popen(command(chain, step, ranks), cwd=ROOT) as process:
+        with subprocess.Popen(command(chain, step, ranks), cwd=ROOT) as process, _passing_on_to(process):
             code = process.wait()
-        if code:
+        record = state.marker(chain, step.stage)
+        if code or record["status"] == "preempted":
             raise _failure(chain, step.stage, code, env.job_id() if env.in_slurm() else str(process.pid))
 
 
-def _failure(chain: Chain, stage: str, code: int, job: str) -> StageFailed:
-    record = state.read(chain, stage)
+@contextlib.contextmanager
+def _passing_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Who asks the launcher to end means the stage; as TERM, the one that torchrun passes on too."""
+    before = {number: signal.signal(number, lambda *_: process.terminate()) for number in stop.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(chain: Chain, stage: str, code: int, job: str) -> RelayError:
+    record = state.marker(chain, stage)
     if record.get("job_id") != job:
         return StageFailed(f"{stage}: refused before it began, see above", code)
     if record["status"] == "running":  # it had no time to say why
-        cause = f"killed by signal {-code}" if code < 0 else f"exit code {code} without a word"
-        state.update(chain, stage, status="failed", cause=cause, exit_code=1, ended=state.now())
-        record = state.read(chain, stage)
+        state.finish(chain, stage, silent_end(code, "its process"), record["log"])
+        record = state.marker(chain, stage)
+    if record["status"] == "preempted":
+        return Stopped(f"{stage}: {record['cause']}")
     return StageFailed(f"{stage} failed: {record['cause']} (log: {record['log']})", record["exit_code"])
 
 

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from utils import config
 from utils.errors import InputError
+from utils.shared_config import MACHINE_KEYS
 
 if TYPE_CHECKING:
     from jobs.stages import Stage
-
-# Where and how fast a stage runs, never which result it has: what is done stays done when these change.
-MACHINE_KEYS = frozenset({"run_dir", "resume", "device", "workers", "log_every"})
 
 
 def distribute(

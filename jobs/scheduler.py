@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
-import subprocess
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from jobs import state
-from jobs.stages import Chain
 from utils import env
 from utils.errors import EnvironmentProblem
 from utils.paths import ROOT
+from utils.slurm import call
 
-TIMEOUT = 30  # seconds
-# A state that is not among these, also one that a later Slurm invents, is a living job's.
-FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
-FINAL |= {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+PAUSES = (1, 2, 4, 8)  # seconds; with the time each command itself tries, a minute
+TROUBLE = r"[Uu]nable to contact|timed out|Zero Bytes|Connection |endpoint|no answer in|temporarily unable|Socket"
 
 
 @dataclass(frozen=True)
@@ -32,18 +27,32 @@ class Job:
     name: str
 
 
-def call(*argv: str, text: str | None = None) -> str:
-    """The output of one Slurm command, `text` being its input. Raises: EnvironmentProblem in its words."""
-    try:
-        done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except FileNotFoundError:
-        raise EnvironmentProblem(f"{argv[0]}: no such program") from None
-    except subprocess.TimeoutExpired:
-        raise EnvironmentProblem(f"{argv[0]}: no answer in {TIMEOUT} s") from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise EnvironmentProblem(said or f"{argv[0]}: exit code {done.returncode}")
-    return done.stdout
+def is_trouble(error: EnvironmentProblem) -> bool:
+    """Whether slurmctld did not answer, and has not said no either."""
+    return bool(re.search(TROUBLE, str(error)))
+
+
+class Patience:
+    """Waits while slurmctld does not answer, for all of a launch together: about a minute, then no more."""
+
+    def __init__(self) -> None:
+        self._pauses = iter(PAUSES)
+
+    def wait(self, error: EnvironmentProblem) -> None:
+        """Pause before another try. Raises: `error` if that is of no use, or has not been for a minute."""
+        pause = next(self._pauses, None) if is_trouble(error) else None
+        if pause is None:
+            raise error
+        print(f"{error}; trying again in {pause} s", flush=True)
+        time.sleep(pause)
+
+    def call(self, *argv: str, text: str | None = None) -> str:
+        """`call`, again and again. For what may be asked twice. Raises: EnvironmentProblem."""
+        while True:
+            try:
+                return call(*argv, text=text)
+            except EnvironmentProblem as error:
+                self.wait(error)
 
 
 def lookup(ids: Collection[str]) -> tuple[dict[str, Job], list[str]]:
@@ -74,91 +83,6 @@ def _read(lines: str, found: dict[str, Job]) -> None:
     for line in lines.splitlines():
         job, state, reason, node, elapsed, name = line.split("|", 5)
         found[job] = Job(state.split()[0], reason, node.strip("()"), elapsed, name)  # CANCELLED by 1000
-
-
-def submitted(chain: Chain) -> dict[str, dict[str, Any]]:
-    """What the launcher wrote down: stage -> job_id, submitted (UTC), log, config."""
-    try:
-        return json.loads(chain.dir.jobs.read_text())
-    except FileNotFoundError:
-        return {}
-
-
-def job_name(chain: Chain, stage: str) -> str:
-    return f"{chain.name}-{stage}"
-
-
-def tag(chain: Chain, stage: str) -> str:
-    """The comment of a job, by which it is found when nobody wrote its id down; as in slurm/chain.slurm."""
-    return f"relay:{chain.name}:{stage}"
-
-
-def is_used(chain: Chain) -> bool:
-    """Whether anything of the chain has been a Slurm job, as far as its own files know."""
-    return bool(submitted(chain)) or any(state.read(chain, stage).get("slurm") for stage in chain.stages)
-
-
-def queued(chain: Chain) -> list[tuple[str, str]]:
-    """(stage, job id) of every job that squeue lists, queued or running, the newest last.
-
-    Those with the chain's tag that were submitted in this checkout, and those that have marked a stage as running.
-    Raises: EnvironmentProblem if squeue does not answer.
-    """
-    if not shutil.which("squeue"):
-        return []
-    tags = {tag(chain, stage): stage for stage in chain.stages}
-    running = {}
-    for stage in chain.stages:
-        record = state.read(chain, stage)
-        if record.get("slurm") and not record["ended"]:
-            running[record["job_id"]] = stage
-    found = []
-    for line in call("squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%k|%Z").splitlines():
-        job, _, rest = line.partition("|")
-        comment, _, folder = rest.rpartition("|")
-        owner = running.get(job) or (tags.get(comment) if Path(folder).resolve() == ROOT else None)
-        if owner:
-            found.append((owner, job))
-    return sorted(found, key=lambda item: int(item[1]))
-
-
-def configuration(chain: Chain, stage: str, job: str) -> Mapping[str, Any] | None:
-    """The configuration a job of the stage was submitted with; None if nobody has written it down."""
-    for record in (submitted(chain).get(stage, {}), state.read(chain, stage)):
-        if record.get("job_id") == job:
-            return record.get("config")
-    return None
-
-
-def find(chain: Chain, records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, Job], list[str]]:
-    """(stage -> id of its newest job, stage -> what Slurm knows of it, calls that failed).
-
-    The newest job is one that is queued or runs, else the launcher's last one, or that of a plain sbatch
-    which began since.
-    """
-    entries = submitted(chain)
-    ids: dict[str, str] = {}
-    for stage, record in records.items():
-        if stage in entries and entries[stage]["submitted"] >= record.get("started", ""):
-            ids[stage] = entries[stage]["job_id"]
-        elif record.get("slurm"):
-            ids[stage] = record["job_id"]
-    alive: dict[str, str] = {}
-    problems: list[str] = []
-    try:
-        alive = dict(queued(chain))
-    except EnvironmentProblem as error:
-        problems += [str(error)] if is_used(chain) else []  # else there is a squeue, but perhaps no Slurm
-    ids |= alive
-    jobs, notes = lookup(ids.values())
-    found = {
-        stage: jobs[job]
-        for stage, job in ids.items()
-        # a controller that lost its state gives ids again: one that never began must also have our name
-        if job in jobs
-        and (job in (alive.get(stage), records[stage].get("job_id")) or jobs[job].name == job_name(chain, stage))
-    }
-    return ids, found, list(dict.fromkeys(problems + notes))
 
 
 def cancel(ids: Sequence[str]) -> None:

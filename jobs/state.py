@@ -10,23 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.overrides import MACHINE_KEYS
 from jobs.stages import Chain
-from utils import env, files
-from utils.errors import InputError, exit_code, one_line
+from utils import checkpoint_files, env, files, run_lock
+from utils.errors import EnvironmentProblem, InputError, Stopped, exit_code, one_line
+from utils.shared_config import MACHINE_KEYS
 
 PATIENCE = 120  # seconds; a network file system may show a new file late
+MAX_IDLE = 3  # restarts in a row of one job that came no further; evaluation saves nothing on its way
 
 
 def read(chain: Chain, stage: str) -> dict[str, Any]:
-    """The stage's marker. `status` is todo, running, failed, done or stale.
+    """The stage's marker. `status` is todo, running, preempted, failed, done or stale.
 
-    stale: made from something that its parent, trained again or not done any more, does not have.
+    preempted: stopped by a signal, with its work saved. stale: made from something that its parent, trained again
+    or not done any more, does not have.
     """
-    try:
-        record = json.loads(chain.run_dir(stage).state.read_text())
-    except FileNotFoundError:
-        return {"status": "todo", "inputs": {}}
+    record = marker(chain, stage)
     for source in record["inputs"].values():
         if source["from"]:
             parent, _, output = source["from"].partition(".")
@@ -34,6 +33,14 @@ def read(chain: Chain, stage: str) -> dict[str, Any]:
             if now["status"] != "done" or now["outputs"].get(output, {}).get("sha256") != source["sha256"]:
                 return {**record, "status": "stale"}
     return record
+
+
+def marker(chain: Chain, stage: str) -> dict[str, Any]:
+    """The stage's marker as it was written."""
+    try:
+        return json.loads(chain.run_dir(stage).state.read_text())
+    except FileNotFoundError:
+        return {"status": "todo", "inputs": {}}
 
 
 def is_done(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> bool:
@@ -61,8 +68,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def running(
     chain: Chain, stage: str, config: Mapping[str, Any], log: Path, inputs: Mapping[str, Any] | None = None
 ) -> None:
-    """Mark the stage as running in this process's job, from `inputs` (default: the attempt before's)."""
-    before = read(chain, stage)
+    """Mark the stage as running in this process's job, from `inputs` (default: the attempt before's).
+
+    Raises: EnvironmentProblem when the job has been restarted again and again, and comes no further.
+    """
+    before = marker(chain, stage)
+    newest = checkpoint_files.newest(chain.run_dir(stage).checkpoints)
+    begins = newest.name if newest else None
+    restarted = before.get("job_id") == env.job_id() and before["restarts"] < env.restarts()
+    idle = before["idle"] + 1 if restarted and before["begins"] == begins else 0
     record = {
         "chain": chain.name,
         "stage": stage,
@@ -72,6 +86,8 @@ def running(
         "host": socket.gethostname(),
         "step": env.step_id(),
         "restarts": env.restarts(),
+        "begins": begins,  # the checkpoint it goes on from
+        "idle": idle,  # restarts in a row that began there
         "cause": None,
         "log": str(log),
         "started": now(),
@@ -80,47 +96,68 @@ def running(
         "inputs": before["inputs"] if inputs is None else inputs,
         "outputs": {},
     }
+    run_lock.check(chain.run_dir(stage))
     files.write_json(chain.run_dir(stage).state, record)
+    if idle > MAX_IDLE:
+        where = f"it has {begins or 'no checkpoint'} to begin from, as each time"
+        why = f"; before: {before['cause']}" if before["cause"] else ""
+        raise EnvironmentProblem(f"no progress in {idle} restarts of job {env.job_id()}: {where}{why}")
 
 
 def wait_until_running(chain: Chain, stage: str) -> None:
     """Wait until rank 0 has marked the stage, so that it does not do so after another rank has failed.
 
     Not for ever: without it only the cause of such a failure would be lost.
+    Raises: EnvironmentProblem when rank 0 has ended meanwhile.
     """
     end = time.monotonic() + PATIENCE
-    while not _is_ours(read(chain, stage)) and time.monotonic() < end:
+    while not is_ours(record := marker(chain, stage)) and time.monotonic() < end:
         time.sleep(0.05)
+    if record["status"] != "running":
+        raise EnvironmentProblem(f"rank 0 has ended: {record.get('cause')}")
 
 
-def _is_ours(record: Mapping[str, Any]) -> bool:
+def is_ours(record: Mapping[str, Any]) -> bool:
     """Whether a marker is of this process's attempt."""
     attempt = env.job_id(), env.step_id(), env.restarts()
     return (record.get("job_id"), record.get("step"), record.get("restarts")) == attempt
 
 
 def update(chain: Chain, stage: str, **values: Any) -> None:
-    """Change entries of the stage's marker."""
-    file = chain.run_dir(stage).state
-    files.write_json(file, {**json.loads(file.read_text()), **values})
+    """Change entries of the stage's marker. Raises: EnvironmentProblem if the run is another attempt's by now."""
+    run_lock.check(chain.run_dir(stage))
+    files.write_json(chain.run_dir(stage).state, {**marker(chain, stage), **values})
 
 
 def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:
-    """Mark the stage as done, with what its program returned. Raises: OSError for a missing output."""
+    """Mark the stage as done, with what its program returned, and keep that from being changed or deleted.
+
+    Raises: OSError for a missing output; CheckpointError for one that is not what was saved.
+    """
     outputs = {name: fingerprint(Path(path)) for name, path in result["outputs"].items()}
+    for output in outputs.values():
+        path = Path(output["path"])
+        checkpoint_files.verify(path)
+        path.chmod(path.stat().st_mode & ~0o222)
     rest = {"epochs": result["epochs"], "metrics": result["metrics"], "ended": now()}
     update(chain, stage, status="done", outputs=outputs, **rest)
 
 
-def failed(chain: Chain, stage: str, error: BaseException, log: Path) -> None:
-    """Mark this job's attempt at the stage as failed.
+def ended(chain: Chain, stage: str, error: BaseException, log: Path) -> None:
+    """Mark this job's attempt at the stage as failed, or, for Stopped, as preempted.
 
-    The first rank that fails writes its cause; the others fail because they lost it.
+    The first rank that ends so writes its cause; the others fail because they lost it.
     """
-    record = read(chain, stage)
-    if record["status"] == "running" and _is_ours(record):
-        values = {"cause": one_line(error), "exit_code": exit_code(error), "log": str(log), "ended": now()}
-        update(chain, stage, status="failed", **values)
+    record = marker(chain, stage)
+    if record["status"] == "running" and is_ours(record):
+        finish(chain, stage, error, log)
+
+
+def finish(chain: Chain, stage: str, error: BaseException, log: Path | str) -> None:
+    """Mark the stage as failed with this cause; for Stopped, as preempted."""
+    status = "preempted" if isinstance(error, Stopped) else "failed"
+    rest = {"cause": one_line(error), "exit_code": exit_code(error), "log": str(log), "ended": now()}
+    update(chain, stage, status=status, **rest)
 
 
 def fingerprint(path: Path) -> dict[str, str]:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import scheduler, state
-from jobs.scheduler import FINAL, Job
+from jobs import state, tagged
+from jobs.scheduler import Job
 from jobs.stages import Chain
 from utils import metrics
+from utils.slurm import FINAL
 
 COLUMNS = ("stage", "state", "job", "node", "epoch/step", "newest", "elapsed", "restarts", "cause", "log")
 
@@ -20,8 +21,8 @@ COLUMNS = ("stage", "state", "job", "node", "epoch/step", "newest", "elapsed", "
 def table(chain: Chain) -> str:
     """The state of every stage of a chain, and what Slurm did not answer."""
     records = {stage: state.read(chain, stage) for stage in chain.stages}
-    submitted = scheduler.submitted(chain)
-    ids, jobs, notes = scheduler.find(chain, records)
+    submitted = tagged.submitted(chain)
+    ids, jobs, notes = tagged.find(chain, records)
     rows = [list(COLUMNS)]
     words: dict[str, str] = {}
     for stage, record in records.items():
@@ -54,9 +55,12 @@ def _state(record: Mapping[str, Any], job_id: str | None, job: Job | None) -> tu
     if status == "done":
         return "DONE", ""
     if job and job.state not in FINAL:
-        return (f"PENDING ({job.reason})" if job.state == "PENDING" else job.state), ""
-    if status in ("stale", "failed"):
-        return status.upper(), record["cause"] or ""
+        requeued = status in ("preempted", "running")  # its marker is of this job
+        pending = f"{'REQUEUED' if requeued else 'PENDING'} ({job.reason})"
+        return (pending if job.state == "PENDING" else job.state), record["cause"] if status == "preempted" else ""
+    if status in ("stale", "failed", "preempted"):
+        cancelled = status == "preempted" and job and job.state == "CANCELLED"
+        return "CANCELLED" if cancelled else status.upper(), record["cause"] or ""
     if job:
         return job.state, "" if job.state == "CANCELLED" else f"Slurm: {job.state} {job.reason}; see the log"
     if status == "running":

@@ -1,9 +1,8 @@
-"""Stages as Slurm jobs, through submitit, with the resources in the #SBATCH headers of slurm/*.slurm."""
+"""What a stage asks Slurm for: the #SBATCH header of its slurm/*.slurm, as a job of submitit."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import sys
@@ -11,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import submitit
-from submitit.core.utils import FailedJobError
 
-from jobs import scheduler, state, worker
-from jobs.plan import Resources, Step
+from jobs import tagged
+from jobs.plan import Resources
+from jobs.scheduler import Patience, is_trouble
 from jobs.stages import Chain
-from utils import files, paths
 from utils.errors import EnvironmentProblem, InputError
 from utils.paths import ROOT
 
-OURS = {"job-name", "output", "error", "open-mode", "comment", "dependency"}  # not taken from a header
+OURS = {"job-name", "output", "error", "open-mode", "comment", "dependency", "hold"}  # not taken from a header
+EARLY = 60  # seconds by which Slurm may send a job's signal too early
 
 
 def header(script: Path) -> Resources:
@@ -58,7 +57,24 @@ def resources(chain: Chain, stage: str, extra: Sequence[str]) -> Resources:
             raise InputError(f"{file}: needs #SBATCH --{key}=N with a plain number")
     if "time" not in asked:
         raise InputError(f"{file}: needs #SBATCH --time=…")
+    if "array" in asked:
+        raise InputError(f"{file}: array={asked['array']}: a stage is one job; for several chains use several --name")
+    limit, (name, lead) = minutes(str(asked["time"])) * 60, notice(str(asked.get("signal", "USR2@0")))
+    if name not in ("USR1", "USR2", "TERM") or lead >= limit:
+        raise InputError(
+            f"{file}: signal={asked['signal']}: needs USR2@SECONDS, and fewer than the {limit} of its time"
+        )
+    if lead + EARLY >= limit:
+        print(
+            f"{stage}: of its {limit} s the last {lead} to {lead + EARLY} are for saving: it may hardly begin to train"
+        )
     return asked
+
+
+def notice(signal: str) -> tuple[str, int]:
+    """sbatch's --signal=[{R|B}:]NAME[@SECONDS] as name and seconds."""
+    name, _, seconds = signal.rpartition(":")[2].partition("@")
+    return name.upper().removeprefix("SIG"), int(seconds) if seconds.isdecimal() else 60
 
 
 def ranks(asked: Resources) -> int:
@@ -77,21 +93,27 @@ def minutes(limit: str) -> int:
     return int(days or 0) * 1440 + math.ceil(rest)
 
 
-def executor(chain: Chain, stage: str, asked: Resources, after: Sequence[str]) -> submitit.SlurmExecutor:
-    """submitit's executor for a stage that starts `after` other jobs; it writes nothing before it submits."""
-    made = submitit.SlurmExecutor(chain.dir.submitted, python='"${relay_python[@]}"')
+def executor(
+    chain: Chain, stage: str, asked: Resources, after: Sequence[str], token: str = "0"
+) -> submitit.SlurmExecutor:
+    """submitit's executor for a stage that starts `after` other jobs; it writes nothing before it submits.
+
+    The job is held: jobs/enqueue.py releases a chain when all of it is there.
+    """
+    made = submitit.SlurmExecutor(chain.dir.submitted)
     given = {key.replace("-", "_"): value for key, value in asked.items() if key not in OURS}
     made.update_parameters(
-        job_name=scheduler.job_name(chain, stage),
-        comment=scheduler.tag(chain, stage),
+        job_name=tagged.job_name(chain, stage),
+        comment=tagged.tag(chain, stage, token, "hold" in asked),
         dependency=":".join(["afterok", *after]) if after else None,
         stderr_to_stdout=True,
         wckey=None,
         nodes=int(asked["nodes"]),
         ntasks_per_node=int(asked["ntasks-per-node"]),
         time=minutes(str(asked["time"])),
-        additional_parameters={"kill_on_invalid_dep": "yes", **given},  # sbatch gets the header's own words
-        srun_args=["--kill-on-bad-exit=1"],
+        # sbatch gets the header's own words
+        additional_parameters={"kill_on_invalid_dep": "yes", **given, "hold": True},
+        use_srun=False,  # run_stage does
         setup=[
             f'export RELAY_PYTHON="${{RELAY_PYTHON:-{sys.executable}}}"',
             f"source {shlex.quote(str(ROOT / 'slurm' / 'common.sh'))}",
@@ -100,78 +122,31 @@ def executor(chain: Chain, stage: str, asked: Resources, after: Sequence[str]) -
     return made
 
 
-def script(made: submitit.SlurmExecutor) -> str:
+def command(chain: Chain, stage: str, words: Sequence[str]) -> str:
+    """What a job runs: as in slurm/*.slurm."""
+    return f"run_stage {shlex.join(chain.worker_words(stage, words))}"
+
+
+def script(made: submitit.SlurmExecutor, command: str) -> str:
     """The sbatch script submitit writes for a job."""
-    return made._make_submission_file_text(made._submitit_command_str, "")
+    return made._make_submission_file_text(command, "")
 
 
-def refusals(chain: Chain, asked: Mapping[str, Resources]) -> list[str]:
-    """What sbatch has against the stages' jobs, in its words."""
+def refusals(chain: Chain, asked: Mapping[str, Resources], patience: Patience) -> list[str]:
+    """What Slurm has against the stages' jobs, in its words. Raises: EnvironmentProblem if it does not answer."""
     stages: dict[str, list[str]] = {}
     for stage, options in asked.items():
+        text = script(executor(chain, stage, options, []), command(chain, stage, []))
         try:
-            scheduler.call("sbatch", "--test-only", text=script(executor(chain, stage, options, [])))
+            patience.call("sbatch", "--test-only", text=text)
         except EnvironmentProblem as error:
+            if is_trouble(error):
+                raise
             stages.setdefault(str(error), []).append(stage)
-    return [f"{', '.join(names)}: {text}" for text, names in stages.items()]
-
-
-def _make_private(folder: Path) -> None:
-    """A folder for pickled calls: who can write there can exchange them. Raises: EnvironmentProblem."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise EnvironmentProblem(f"{folder}: others can write there; chmod go-w it, or use another --name")
-
-
-def kept(steps: Sequence[Step], live: Mapping[str, str]) -> dict[str, str]:
-    """Stage -> its `live` job, if that may stay: it waits for no job that will be another one."""
-    found: dict[str, str] = {}
-    anew: set[str] = set()
-    for step in steps:
-        if step.action != "skip" and step.stage in live and not anew.intersection(step.needs):
-            found[step.stage] = live[step.stage]
-        elif step.action != "skip":
-            anew.add(step.stage)
-    return found
-
-
-def submit(
-    chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], live: Mapping[str, str]
-) -> list[list[str]]:
-    """Queue the steps, each after those of its parents that are not done; `live` jobs are kept where they can be.
-
-    `jobs.json` is written after every submission: a launcher that dies half-way is simply run again.
-    Returns the rows of a table.
-    """
-    _make_private(chain.dir.submitted)
-    rows = [["stage", "job", "after", "log"]]
-    jobs: dict[str, str] = {}
-    keep = kept(steps, live)
-    for step in steps:
-        stage = step.stage
-        if step.action == "skip":
-            rows.append([stage, "done", "", ""])
-            continue
-        if stage in keep:
-            jobs[stage] = keep[stage]
-            known = scheduler.configuration(chain, stage, keep[stage])
-            rows.append([stage, f"{keep[stage]} (kept{'' if known else ', its configuration is unknown'})", "", ""])
-            continue
-        if stage in live:  # it waits for a job that is gone
-            scheduler.cancel([live[stage]])
-        if step.action == "again":
-            paths.set_aside(chain.run_dir(stage).path)
-        after = [jobs[parent] for parent in step.needs if parent in jobs]
-        task = worker.Task(chain.worker_words(stage, step.words))
-        try:
-            job = executor(chain, stage, asked[stage], after).submit(task)
-        except FailedJobError as error:
-            done = ", ".join(f"{name} (job {job})" for name, job in jobs.items()) or "nothing"
-            raise EnvironmentProblem(f"{stage}: sbatch: {error}; queued before it: {done}") from None
-        jobs[stage] = job.job_id
-        log = str(job.paths.stdout)
-        entry = {"job_id": job.job_id, "submitted": state.now(), "log": log, "config": dict(step.config)}
-        files.write_json(chain.dir.jobs, {**scheduler.submitted(chain), stage: entry})
-        rows.append([stage, job.job_id, " ".join(after), log])
-    return rows
+    settings = patience.call("scontrol", "show", "config")
+    match = re.search(r"^MaxJobCount\s*=\s*(\d+)", settings, re.MULTILINE)
+    present = len(patience.call("squeue", "-h", "-r", "-o", "%A").splitlines())
+    problems = [f"{', '.join(names)}: {text}" for text, names in stages.items()]
+    if match and present + len(asked) > int(match[1]):
+        problems.append(f"Slurm takes {match[1]} jobs in all (MaxJobCount) and has {present}; {len(asked)} do not fit")
+    return problems

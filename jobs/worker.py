@@ -1,10 +1,11 @@
-"""One rank of one stage: what srun, submitit, torchrun and the local launcher all run, once per rank.
+"""One rank of one stage: what srun, torchrun and the local launcher all run, once per rank.
 
     python -m jobs.worker r2                                        # one process
     torchrun --nproc-per-node 2 -m jobs.worker r2 --lr 0.001        # further words go to the stage's program
     srun python -m jobs.worker r2 --file jobs/demo.yaml --name mine
 
-Exit codes: 0 done (now or before), 2 bad input or a parent that is not done, others as the program's.
+Exit codes: 0 done (now or before), or stopped by a signal with its work saved (see the marker); 2 bad input or a
+parent that is not done; others as the program's.
 """
 
 from __future__ import annotations
@@ -20,31 +21,15 @@ from typing import Any
 
 from jobs import stages, state
 from jobs.stages import Chain
-from utils import env, files, log
-from utils.errors import InputError, cli
-from utils.paths import CHAIN_FILE
-
-
-class Task:
-    """A worker as submitit pickles it: by reference and with plain words only."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.argv = list(argv)
-
-    def __call__(self) -> None:
-        cli(lambda: main(self.argv))
-
-    def checkpoint(self) -> Any:
-        """Called before the time limit and on preemption: the same again, `resume: auto` does the rest."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+from utils import env, log, run_lock
+from utils.errors import InputError, Stopped, cli
+from utils.paths import CHAIN_FILE, RunDir
 
 
 def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
     """Check the stage's parents, run its program in this process, and keep its marker.
 
-    Returns at once when the stage is done. Raises: InputError; whatever the program raises.
+    Returns at once when the stage is done. Raises: InputError; Stopped; whatever the program raises.
     """
     resolved = chain.resolve(stage, words)
     run_dir, rank = chain.run_dir(stage), env.world().rank
@@ -58,13 +43,13 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             f"{stage} has begun from something its parent does not have any more; "
             f"python jobs/launch.py --from {stage} sets it aside and trains it again"
         )
-    with _alone(chain, stage, rank):
+    with _alone(run_dir, rank):
         try:
             inputs = _inputs(chain, stage, resolved)
         except InputError as error:
             if rank == 0:
                 state.running(chain, stage, resolved, log_file)
-                state.failed(chain, stage, error, log_file)
+                state.ended(chain, stage, error, log_file)
             raise
         try:
             if rank == 0:
@@ -75,25 +60,23 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             result = program.main(chain.argv(stage, words, paths))
             if rank == 0:
                 state.done(chain, stage, result)
+        except Stopped as stopped:
+            log.info(f"{stage} {stopped}")
+            if rank == 0:  # all ranks stop alike
+                state.ended(chain, stage, stopped, log_file)
+            raise
         except BaseException as error:
             with open(log_file, "a") as file:  # srun's own output may lose it when a rank dies
                 traceback.print_exc(file=file)
-            state.failed(chain, stage, error, log_file)
+            state.ended(chain, stage, error, log_file)
             raise
     log.info(f"{stage} is done: {', '.join(map(str, result['outputs'].values()))}")
 
 
 @contextlib.contextmanager
-def _alone(chain: Chain, stage: str, rank: int) -> Iterator[None]:
-    """Keep a second run of the stage on this node out of its directory."""
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            try:
-                stack.enter_context(files.lock(chain.run_dir(stage).lock, blocking=False))
-            except BlockingIOError:
-                other = state.read(chain, stage)
-                where = f"job {other.get('job_id')} on {other.get('host')}"
-                raise InputError(f"{stage} of chain {chain.name} is running already: {where}") from None
+def _alone(run_dir: RunDir, rank: int) -> Iterator[None]:
+    """Keep every other run of the stage out of its directory."""
+    with run_lock.owned(run_dir) if rank == 0 else contextlib.nullcontext():
         yield
 
 
@@ -131,6 +114,8 @@ def _describe(record: Mapping[str, Any]) -> str:
         return f"failed: {record['cause']} (log: {record['log']})"
     if record["status"] == "running":
         return f"not done: running as job {record['job_id']} on {record['host']}"
+    if record["status"] == "preempted":
+        return f"not done: {record['cause']}"
     return f"not done: {record['status']}"
 
 

@@ -16,6 +16,15 @@ from utils.paths import ROOT
 STAGES = ["pretrain", "r1", "r2", "r3", "eval"]
 
 
+class Process(subprocess.Popen[str]):
+    """A process that does not outlive the test when an assertion in its block fails."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind:
+            self.kill()
+        super().__exit__(kind, *rest)
+
+
 class Checkout:
     def __init__(self, directory: Path, cluster: Cluster | None = None) -> None:
         self.root = directory / "checkout"
@@ -34,8 +43,8 @@ class Checkout:
             output, _ = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
-    def start(self, *argv: object, **environ: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def start(self, *argv: object, **environ: str) -> Process:
+        return Process(
             [str(word) for word in argv],
             cwd=self.root,
             env=self.environ | environ,

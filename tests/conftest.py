@@ -38,6 +38,19 @@ def _cluster(accounting: bool = True, min_job_age: int = 3600) -> Iterator[Clust
     atexit.unregister(cluster.stop)
 
 
+@pytest.fixture
+def nothing_stays_queued(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Afterwards the cluster of the test has no job."""
+    yield
+    for name in {"cluster", "cluster_without_accounting", "forgetful_cluster", "fragile_cluster"} & set(
+        request.fixturenames
+    ):
+        cluster = request.getfixturevalue(name)
+        if jobs := cluster.run("squeue", "-h", "-o", "%i").stdout.split():
+            cluster.run("scancel", "--signal=KILL", *jobs)
+            cluster.run("scancel", *jobs)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A Slurm with accounting that forgets no job; for tests marked `slurm`."""
@@ -54,3 +67,9 @@ def cluster_without_accounting() -> Iterator[Cluster]:
 def forgetful_cluster() -> Iterator[Cluster]:
     """A Slurm with accounting whose slurmctld forgets a finished job after seconds."""
     yield from _cluster(min_job_age=10)
+
+
+@pytest.fixture(scope="module")
+def fragile_cluster() -> Iterator[Cluster]:
+    """A Slurm without accounting of a module's own, to kill its daemons."""
+    yield from _cluster(accounting=False)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submit
+from jobs import enqueue, stages, submit
+from jobs.plan import Step
+from jobs.tagged import Queued
 from tests.checkout import STAGES, Checkout
 from utils.errors import InputError
-from utils.paths import ROOT
+from utils.paths import CHAIN_FILE, ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.slurm"))
 
@@ -89,8 +91,9 @@ def test_a_failure_stops_the_chain_and_the_next_launch_starts_there(here: Checko
 
 def test_a_stage_that_is_killed_is_marked_by_the_launcher(here: Checkout) -> None:
     killed = here.local("--chain", "r1.fail=kill")
-    assert (killed.returncode, "r1 failed: killed by signal 9" in killed.stdout) == (1, True)
-    assert (here.state("r1")["status"], here.state("r1")["cause"]) == ("failed", "killed by signal 9")
+    cause = "its process was killed by signal 9, SIGKILL (out of memory?)"
+    assert (killed.returncode, f"r1 failed: {cause}" in killed.stdout) == (1, True)
+    assert (here.state("r1")["status"], here.state("r1")["cause"]) == ("failed", cause)
 
 
 def test_status_sees_that_a_running_process_is_gone(here: Checkout) -> None:
@@ -169,7 +172,7 @@ def test_two_launchers_of_one_chain_do_not_meet(here: Checkout) -> None:
         while not (here.root / "runs/standin/pretrain/state.json").exists():
             assert first.poll() is None
         second = here.local("--chain")
-        assert (second.returncode, "another launcher is at work on standin" in second.stdout) == (2, True)
+        assert (second.returncode, f"at work on standin: process {first.pid} on " in second.stdout) == (2, True)
         assert here.local("--only", "pretrain", "--name", "other").returncode == 0
         (here.root / "go").touch()
         first.communicate()
@@ -189,6 +192,31 @@ def test_ctrl_c_ends_a_local_launch_with_one_line(here: Checkout) -> None:
     assert "interrupted; the same command goes on from there\n" in output
     assert here.state("pretrain")["cause"] == "KeyboardInterrupt: KeyboardInterrupt"
     assert here.local("--only", "pretrain").returncode == 0
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(1, "stage"), (2, "launcher")])
+def test_a_stage_that_is_asked_to_end_ends_the_launch_and_the_next_one_goes_on(
+    here: Checkout, ranks: int, asked: str
+) -> None:
+    words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml", "--cluster", "local"]
+    run_dir = here.root / "runs/standin/pretrain"
+    with here.start(*words, "--chain", "pretrain.wait_for=go", "--ranks", ranks) as launcher:
+        while sum("listening" in log.read_text() for log in run_dir.glob("logs/*.log")) < ranks:
+            assert launcher.poll() is None
+        pid, number = {
+            "stage": (int(here.state("pretrain")["job_id"]), signal.SIGUSR2),
+            "launcher": (launcher.pid, signal.SIGTERM),
+        }[asked]
+        os.kill(pid, number)
+        output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, output
+    assert output.endswith(f"pretrain: stopped by {number.name} after step 1\n")
+    assert not (here.root / "runs/standin/r1").exists()
+    assert here.table()["pretrain"].split()[1] == "PREEMPTED"
+    (here.root / "go").touch()
+    assert here.local("--chain", "pretrain.wait_for=go").returncode == 0
+    assert here.state("pretrain")["begins"] == "checkpoint_0000_00000001.pth"
+    assert here.state("eval")["status"] == "done"
 
 
 @pytest.mark.parametrize("words", [["--status"], ["--chain", "--cluster", "local", "--dry-run"]])
@@ -219,11 +247,8 @@ def test_a_shipped_script_is_bash_and_its_header_is_read_whole(script: Path) -> 
     assert options["output"] == "runs/%x_%j.out"
     if script.stem != "chain":
         assert options["job-name"] == script.stem
-        assert (options["requeue"], options["open-mode"], options["kill-on-invalid-dep"]) == (
-            True,
-            "append",
-            "yes",
-        )
+        assert (options["requeue"], options["signal"]) == (True, "USR2@120")
+        assert (options["open-mode"], options["kill-on-invalid-dep"]) == ("append", "yes")
         assert options["ntasks-per-node"] == options["gpus-per-node"]  # one task a GPU
 
 
@@ -239,6 +264,36 @@ def test_sbatch_options_as_users_write_them() -> None:
     for bad in (["-c", "4"], ["4G"], ["--mem=1", "2"]):
         with pytest.raises(InputError, match="write the long form"):
             submit.options(bad, "here")
+
+
+def test_a_waiting_job_is_kept_only_if_it_waits_for_the_jobs_it_should() -> None:
+    steps = [Step(stage, "run", [], {}, needs) for stage, needs in (("r1", []), ("r2", ["r1"]), ("r3", ["r2"]))]
+
+    def kept(dependency: str, pending: bool = True) -> list[str]:
+        live = [
+            Queued("r1", "20", "", pending=True, ending=False, releasable=False, dependency="(null)"),
+            Queued("r2", "12", "", pending, ending=False, releasable=False, dependency=dependency),
+            Queued("r3", "13", "", pending=True, ending=False, releasable=False, dependency="afterok:12(unfulfilled)"),
+        ]
+        return list(enqueue.kept(steps, live))
+
+    assert kept("afterok:20(unfulfilled)") == ["r1", "r2", "r3"]
+    assert kept("afterok:11(unfulfilled)") == ["r1"]  # of an earlier launch, as r3 waits for that r2
+    assert kept("(null)", pending=False) == ["r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--array=0-3", "array=0-3: a stage is one job"),
+        ("--signal=USR2@86400", "signal=USR2@86400: needs USR2@SECONDS, and fewer than the 86400 of its time"),
+        ("--signal=KILL@60", "signal=KILL@60: needs USR2@SECONDS"),
+    ],
+)
+def test_what_a_stage_cannot_be_is_refused(option: str, message: str) -> None:
+    chain = stages.load(CHAIN_FILE)
+    with pytest.raises(InputError, match=message):
+        submit.resources(chain, "r1", [option])
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,12 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return Program(folder, ["ssl_train.train", *words, *own], ranks=1)
 
 
-def test_pretraining_killed_three_times_twice_in_an_epoch(pretraining: Program) -> None:
+def test_pretraining_killed_twice_in_an_epoch(pretraining: Program) -> None:
     whole = pretraining.whole()
-    for step in (3, 5, 9):
+    for step in (3, 5):
         assert killed(pretraining.start("cut", "--kill", step))
     assert pretraining.start("cut").returncode == 0
-    check_same(whole, pretraining.lines("cut"), [1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9, 9, 10, 11, 12, 13, 14])
+    check_same(whole, pretraining.lines("cut"), [1, 2, 3, 3, 4, 5, *range(5, 15)])
     assert pretraining.metrics("cut") == pretraining.metrics("whole")
     backbones = [(pretraining.folder / name / "backbone.pth").read_bytes() for name in ("whole", "cut")]
     assert backbones[0] == backbones[1]
@@ -101,15 +101,14 @@ def round_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progra
     return program, whole
 
 
-def test_a_round_of_two_ranks_killed_before_its_first_checkpoint_and_twice_later(
+def test_a_round_of_two_ranks_killed_before_its_first_checkpoint_and_later(
     round_of_two_ranks: tuple[Program, dict[int, dict[str, Any]]],
 ) -> None:
     program, whole = round_of_two_ranks
     shutil.copytree(program.folder / "cut", program.folder / "on")
-    assert killed(program.start("on", "--kill", 7))
     assert program.start("on").returncode == 0
     check_same(whole, program.lines("cut"), [1, 1, 2, 3])
-    check_same(whole, program.lines("on"), [3, 4, 5, 6, 7, 7, 8, 9, 10])
+    check_same(whole, program.lines("on"), [3, 4, 5, 6, 7, 8, 9, 10])
     assert program.metrics("on") == program.metrics("whole")
 
 

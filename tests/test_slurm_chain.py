@@ -5,69 +5,17 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from jobs import submit
+from tests.chains import SMALL, STANDIN, described, jobs, launch_small, sbatch, states, wait_until_running
 from tests.checkout import STAGES, Checkout
 from tests.cluster import Cluster
 from utils import files
 
-pytestmark = pytest.mark.slurm
-
-SMALL = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=500M"]
-STANDIN = ["--file", "tests/standin/chain.yaml"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_queued(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    for name in {"cluster", "cluster_without_accounting", "forgetful_cluster"} & set(request.fixturenames):
-        cluster = request.getfixturevalue(name)
-        if jobs := cluster.run("squeue", "-h", "-o", "%i").stdout.split():
-            cluster.run("scancel", *jobs)
-
-
-def launch_small(here: Checkout, *words: str) -> str:
-    done = here.launch(*(f"--sbatch={option}" for option in SMALL), *words)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def jobs(here: Checkout) -> dict[str, str]:
-    entries = json.loads((here.root / "runs/standin/jobs.json").read_text())
-    return {stage: entry["job_id"] for stage, entry in entries.items()}
-
-
-def states(here: Checkout) -> list[str]:
-    table = here.table()
-    return [table[stage].split()[1] for stage in STAGES]
-
-
-def sbatch(here: Checkout, cluster: Cluster, *words: str) -> str:
-    python = here.environ["RELAY_PYTHON"]
-    submitted = cluster.run("env", f"RELAY_PYTHON={python}", "sbatch", "--parsable", *words, cwd=here.root)
-    assert submitted.returncode == 0, submitted.stderr
-    return submitted.stdout.strip()
-
-
-def wait_until_running(here: Checkout, stage: str, restarts: int = 0) -> dict[str, Any]:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            if (marker := here.state(stage))["restarts"] == restarts:
-                return marker
-        except FileNotFoundError:
-            pass
-        time.sleep(0.1)
-    raise TimeoutError(f"{stage} does not start")
-
-
-def described(cluster: Cluster, job: str) -> dict[str, str]:
-    shown = cluster.run("scontrol", "-o", "show", "job", job).stdout
-    return dict(item.split("=", 1) for item in shown.split() if "=" in item)
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("nothing_stays_queued")]
 
 
 def test_the_launcher_asks_for_what_the_scripts_ask_for(tmp_path: Path, cluster: Cluster) -> None:
@@ -78,6 +26,10 @@ def test_the_launcher_asks_for_what_the_scripts_ask_for(tmp_path: Path, cluster:
         plain = sbatch(here, cluster, "--hold", f"slurm/{script.name}")
         ours, theirs = described(cluster, job), described(cluster, plain)
         cluster.run("scancel", plain)
+        submission = (here.root / f"runs/standin/submitted/{job}_submission.sh").read_text()
+        for option in ("signal", "kill-on-invalid-dep"):  # which Slurm does not show
+            line = f"#SBATCH --{option}={submit.header(script)[option]}\n"
+            assert line in script.read_text() and line in submission
         for field in (
             "NumNodes",
             "NumCPUs",
@@ -139,11 +91,13 @@ def test_status_without_accounting(tmp_path: Path, cluster_without_accounting: C
     launch_small(here, "--only", "pretrain", "fail=kill")
     job = jobs(here)["pretrain"]
     assert cluster.wait(job) == "FAILED"
+    assert re.search(rf"^pretrain +FAILED +{job} .*rank 0 was killed by signal 9, SIGKILL", here.table()["pretrain"])
+    marker = {**here.state("pretrain"), "status": "running", "ended": None, "cause": None}
+    files.write_json(here.root / "runs/standin/pretrain/state.json", marker)  # as when the batch shell is killed too
     assert re.search(rf"^pretrain +FAILED +{job} .*Slurm: FAILED", here.table()["pretrain"])
     text = (here.root / "runs/standin/jobs.json").read_text()
     (here.root / "runs/standin/jobs.json").write_text(text.replace(f'"{job}"', '"999999"'))
-    marker = {**here.state("pretrain"), "job_id": "999999"}
-    files.write_json(here.root / "runs/standin/pretrain/state.json", marker)
+    files.write_json(here.root / "runs/standin/pretrain/state.json", marker | {"job_id": "999999"})
     assert re.search(r"^pretrain +FAILED \(gone\) +999999 .*job 999999 is gone", here.table()["pretrain"])
 
 

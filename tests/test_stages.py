@@ -14,8 +14,8 @@ from jobs.overrides import distribute
 from jobs.plan import Step
 from jobs.stages import Chain, word
 from tests.checkout import STAGES
-from utils import config, files, paths, typed_yaml
-from utils.errors import InputError
+from utils import checkpoint_files, config, files, paths, typed_yaml
+from utils.errors import CheckpointError, InputError
 from utils.paths import ROOT
 
 STANDIN = ROOT / "tests/standin/chain.yaml"
@@ -209,9 +209,22 @@ def test_done_means_done_with_this_configuration(chain: Chain) -> None:
     assert state.is_done(chain, "r1", chain.resolve("r1", ["--bp", str(path)]))
 
 
+def test_what_a_done_stage_leaves_is_whole_and_kept_from_changes(chain: Chain) -> None:
+    finish(chain, "pretrain")
+    assert chain.run_dir("pretrain").path.joinpath("last").stat().st_mode & 0o222 == 0
+    state.running(chain, "pretrain", {}, chain.run_dir("pretrain").logs / "log")
+    saved = chain.run_dir("pretrain").path / "last"
+    checkpoint_files.record(saved, files.sha256(saved))
+    saved.unlink()
+    files.write_text(saved, "pretrainX")
+    with pytest.raises(CheckpointError, match="last: damaged"):
+        state.done(chain, "pretrain", {"outputs": {"last": saved}, "epochs": 1, "metrics": {}})
+    assert state.read(chain, "pretrain")["status"] == "running"
+
+
 def test_the_marker_survives_a_failure_of_another_attempt(chain: Chain, tmp_path: Path) -> None:
     state.running(chain, "pretrain", {}, tmp_path / "log")
     state.update(chain, "pretrain", job_id="of another job")
-    state.failed(chain, "pretrain", RuntimeError("ours"), tmp_path / "log")
+    state.ended(chain, "pretrain", RuntimeError("ours"), tmp_path / "log")
     marker = json.loads(chain.run_dir("pretrain").state.read_text())
     assert (marker["status"], marker["cause"]) == ("running", None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.worker import Task
 from tests.checkout import Checkout
 from utils.files import sha256
 
@@ -117,7 +115,7 @@ def test_a_second_run_of_a_running_stage_is_refused(here: Checkout) -> None:
             assert first.poll() is None
         second = here.worker("pretrain", "wait_for=go")
         assert second.returncode == 2
-        assert f"pretrain of chain standin is running already: job {first.pid} on " in second.stdout
+        assert f"runs/standin/pretrain: running already: {socket.gethostname()} (pid {first.pid})" in second.stdout
         assert here.state("pretrain")["status"] == "running"
         (here.root / "go").touch()
     assert first.returncode == 0
@@ -143,12 +141,3 @@ def test_the_cause_is_that_of_the_rank_that_failed_first(here: Checkout) -> None
     assert (marker["status"], marker["cause"]) == ("failed", "RuntimeError: the disk is on fire")
     assert (marker["exit_code"], marker["log"].endswith("_rank1.log")) == (1, True)
     assert "Traceback" in Path(marker["log"]).read_text()
-
-
-def test_a_pickled_worker_holds_words_and_no_code(here: Checkout) -> None:
-    pickled = here.root / "task.pkl"
-    pickled.write_bytes(pickle.dumps(Task(["pretrain", "--file", "tests/standin/chain.yaml"])))
-    assert pickled.stat().st_size < 200
-    code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))()"
-    subprocess.run([sys.executable, "-c", code, pickled], cwd=here.root, env=here.environ, check=True)
-    assert here.made("pretrain") == "pretrain:0.015"

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from utils.loader import seed_from
 BREAKS = ("step-seed", "rank-seed", "item-seed")
 
 
-def digest(state: engine.TrainState) -> str:
-    """SHA-256 of everything in the model's and the optimizer's state."""
+def digest(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a model's and an optimizer's state."""
     total = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -46,8 +46,8 @@ def digest(state: engine.TrainState) -> str:
         else:
             total.update(repr(value).encode())
 
-    add(state.model.state_dict())
-    add(state.optimizer.state_dict())
+    add(model)
+    add(optimizer)
     return total.hexdigest()
 
 
@@ -58,7 +58,8 @@ def record_steps(file: Path, kill_after: int | None) -> None:
     def recorded(self: hooks.LogMetrics, state: engine.TrainState, numbers: dict[str, torch.Tensor]) -> None:
         losses = {name: float(dist.mean(value.detach().float())) for name, value in numbers.items()}
         if dist.rank() == 0:
-            line = {"step": state.step, "digest": digest(state), "finite": all(map(math.isfinite, losses.values()))}
+            now = digest(state.model.state_dict(), state.optimizer.state_dict())
+            line = {"step": state.step, "digest": now, "finite": all(map(math.isfinite, losses.values()))}
             with open(file, "a") as record:
                 record.write(json.dumps(line | {name: value.hex() for name, value in losses.items()}) + "\n")
         if state.step == kill_after:

@@ -44,9 +44,11 @@ class Config:
     best: str | None = None
     checkpoint: str | None = None
     ranks: Literal["none", "meet"] = "none"  # meet: all-reduce over the ranks
-    fail: str | None = None  # error: raise; kill: die of SIGKILL
+    fail: Literal["error", "kill", "segv"] | None = None  # raise; die of SIGKILL, of SIGSEGV
     fail_on_rank: int = 0
-    wait_for: str | None = None  # a file
+    wait_for: str | None = None  # a file; meanwhile it stops when it is asked to
+    saves: bool = True  # a new checkpoint when it stops
+    save_seconds: float = 0.0
 
     def problems(self) -> list[str]:
         return [f"epochs={self.epochs}: at least 1"] if self.epochs < 1 else []
