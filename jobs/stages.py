@@ -78,7 +78,7 @@ class Chain:
 
     def worker_words(self, stage: str, words: Sequence[str]) -> list[str]:
         """The command line of the stage's worker."""
-        return [stage, "--file", str(self.file), "--name", self.name, *words]
+        return [stage, f"--file={self.file}", f"--name={self.name}", *words]  # a name may begin with a dash
 
     def resolve(self, stage: str, words: Sequence[str]) -> dict[str, Any]:
         """The stage's configuration by dotted key; an input that a parent will give reads `stage.output`.

@@ -16,6 +16,7 @@ from utils.errors import EnvironmentProblem, InputError, Stopped, exit_code, one
 from utils.shared_config import MACHINE_KEYS
 
 PATIENCE = 120  # seconds; a network file system may show a new file late
+ROOM = 1 << 14  # bytes; a marker is a few thousand
 MAX_IDLE = 3  # restarts in a row of one job that came no further; evaluation saves nothing on its way
 
 
@@ -98,6 +99,7 @@ def running(
     }
     run_lock.check(chain.run_dir(stage))
     files.write_json(chain.run_dir(stage).state, record)
+    files.write_text(chain.run_dir(stage).room, " " * ROOM)
     if idle > MAX_IDLE:
         where = f"it has {begins or 'no checkpoint'} to begin from, as each time"
         why = f"; before: {before['cause']}" if before["cause"] else ""
@@ -141,6 +143,7 @@ def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:
         path.chmod(path.stat().st_mode & ~0o222)
     rest = {"epochs": result["epochs"], "metrics": result["metrics"], "ended": now()}
     update(chain, stage, status="done", outputs=outputs, **rest)
+    chain.run_dir(stage).room.unlink(missing_ok=True)
 
 
 def ended(chain: Chain, stage: str, error: BaseException, log: Path) -> None:
@@ -156,6 +159,7 @@ def ended(chain: Chain, stage: str, error: BaseException, log: Path) -> None:
 def finish(chain: Chain, stage: str, error: BaseException, log: Path | str) -> None:
     """Mark the stage as failed with this cause; for Stopped, as preempted."""
     status = "preempted" if isinstance(error, Stopped) else "failed"
+    chain.run_dir(stage).room.unlink(missing_ok=True)
     rest = {"cause": one_line(error), "exit_code": exit_code(error), "log": str(log), "ended": now()}
     update(chain, stage, status=status, **rest)
 

@@ -115,7 +115,7 @@ def executor(
         additional_parameters={"kill_on_invalid_dep": "yes", **given, "hold": True},
         use_srun=False,  # run_stage does
         setup=[
-            f'export RELAY_PYTHON="${{RELAY_PYTHON:-{sys.executable}}}"',
+            f'[[ -n "${{RELAY_PYTHON:-}}" ]] || export RELAY_PYTHON={shlex.quote(sys.executable)}',
             f"source {shlex.quote(str(ROOT / 'slurm' / 'common.sh'))}",
         ],
     )

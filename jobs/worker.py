@@ -66,9 +66,10 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
                 state.ended(chain, stage, stopped, log_file)
             raise
         except BaseException as error:
-            with open(log_file, "a") as file:  # srun's own output may lose it when a rank dies
-                traceback.print_exc(file=file)
             state.ended(chain, stage, error, log_file)
+            # srun's own output may lose it when a rank dies; the disk may be what failed
+            with contextlib.suppress(OSError), open(log_file, "a") as file:
+                traceback.print_exc(file=file)
             raise
     log.info(f"{stage} is done: {', '.join(map(str, result['outputs'].values()))}")
 

@@ -116,7 +116,7 @@ def test_a_dry_run_shows_the_commands_and_changes_nothing(here: Checkout) -> Non
     shown = here.local("--chain", "--dry-run", "--ranks", "2", "r1.optim.lr=0.5")
     assert shown.returncode == 0
     assert "# pretrain: done already, skipped" in shown.stdout
-    worker = f"-m jobs.worker r1 --file {here.root}/tests/standin/chain.yaml --name standin optim.lr=0.5\n"
+    worker = f"-m jobs.worker r1 --file={here.root}/tests/standin/chain.yaml --name=standin optim.lr=0.5\n"
     assert f"-m torch.distributed.run --standalone --nproc-per-node=2 {worker}" in shown.stdout
     assert here.files() == before
 

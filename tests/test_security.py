@@ -226,7 +226,7 @@ def test_a_thousand_words_reach_the_worker_as_they_were_typed(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr[-2000:]
     received = given.read_bytes().decode().split("\0")
-    assert received[received.index("r1") :] == ["r1", "--file", str(STANDIN), "--name", "A.b_c-9", *words, ""]
+    assert received[received.index("r1") :] == ["r1", f"--file={STANDIN}", "--name=A.b_c-9", *words, ""]
     assert not canary.exists()
 
 

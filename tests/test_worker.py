@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import disks
 from tests.checkout import Checkout
+from utils import files
 from utils.files import sha256
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -141,3 +143,14 @@ def test_the_cause_is_that_of_the_rank_that_failed_first(here: Checkout) -> None
     assert (marker["status"], marker["cause"]) == ("failed", "RuntimeError: the disk is on fire")
     assert (marker["exit_code"], marker["log"].endswith("_rank1.log")) == (1, True)
     assert "Traceback" in Path(marker["log"]).read_text()
+
+
+def test_a_disk_that_is_full_has_room_for_the_cause(here: Checkout) -> None:
+    (here.root / "runs").rmdir()
+    with disks.mounted(here.root / "runs", "size=1m,mode=700"):
+        failed = here.worker("pretrain", "fail=disk")
+        assert (failed.returncode, "No space left on device" in failed.stdout) == (75, True)
+        assert files.free_space(here.root / "runs") <= 1 << 14
+        marker = here.state("pretrain")
+    assert (marker["status"], marker["exit_code"]) == ("failed", 75)
+    assert "No space left on device" in marker["cause"]

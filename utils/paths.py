@@ -52,6 +52,11 @@ class RunDir:
     def state(self) -> Path:
         return self.path / "state.json"
 
+    @property
+    def room(self) -> Path:
+        """Space for the marker's last words, should the disk be full then."""
+        return self.path / ".room"
+
     def claim(self, number: int) -> Path:
         """Who may write here, see utils/run_lock.py."""
         return self.path / f".claim_{number}.json"

@@ -44,7 +44,7 @@ class Config:
     best: str | None = None
     checkpoint: str | None = None
     ranks: Literal["none", "meet"] = "none"  # meet: all-reduce over the ranks
-    fail: Literal["error", "kill", "segv"] | None = None  # raise; die of SIGKILL, of SIGSEGV
+    fail: Literal["error", "disk", "kill", "segv"] | None = None  # raise; fill the disk; die of SIGKILL, of SIGSEGV
     fail_on_rank: int = 0
     wait_for: str | None = None  # a file; meanwhile it stops when it is asked to
     saves: bool = True  # a new checkpoint when it stops

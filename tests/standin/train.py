@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _wait(Path(cfg.wait_for), run_dir, rank == 0 and cfg.saves, cfg.save_seconds)
     if rank == cfg.fail_on_rank and cfg.fail == "error":
         raise RuntimeError("the disk\nis on fire")
+    if cfg.fail == "disk":
+        (run_dir.path / "large").write_bytes(bytes(1 << 30))
     if rank == cfg.fail_on_rank and cfg.fail:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "segv": signal.SIGSEGV}[cfg.fail])
     if cfg.ranks == "meet":
