@@ -103,3 +103,26 @@ def test_gradients_of_three_ranks_are_summed_alike_in_the_first_step_and_later(t
     assert (whole.returncode, resumed.returncode) == (0, 0), whole.stderr + resumed.stderr
     digests = [re.search(r"[0-9a-f]{64}", done.stdout) for done in (whole, resumed)]
     assert digests[0] and digests[1] and digests[0][0] == digests[1][0]
+
+
+TIMED = """
+import sys
+from pathlib import Path
+from tests import test_engine
+from utils import checkpoint, dist
+from utils.paths import RunDir
+saved, save = [], checkpoint.save
+checkpoint.save = lambda run_dir, content: saved.append(content["step"]) or save(run_dir, content)
+run = Path(sys.argv[1])
+with dist.session("cpu", RunDir(run), timeout=60):
+    test_engine.train(test_engine.new_state(), run, 2, every_minutes=1e-9)
+    print(f"rank {dist.rank()} saved at {saved}", flush=True)
+"""
+
+
+def test_ranks_save_together_and_once_when_it_is_time(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(TIMED)
+    done = torchrun(2, tmp_path / "program.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    # every second step: one to ask for it; and after each epoch of three
+    assert "rank 0 saved at [2, 3, 5, 6]" in done.stdout and "rank 1 saved at []" in done.stdout

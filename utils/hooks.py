@@ -131,7 +131,7 @@ class SaveCheckpoints(Hook):
         metrics: LogMetrics,
     ) -> None:
         self.run_dir, self.payload, self.when, self.metrics = run_dir, payload, when, metrics
-        self.wishes, self.saved_at = dist.Wishes(), time.monotonic()
+        self.wishes, self.saved_at, self.asked = dist.Wishes(), time.monotonic(), False
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
         wish = self.wishes.exchange(self._wish())
@@ -152,7 +152,11 @@ class SaveCheckpoints(Hook):
         if stop.requested():
             return STOP
         minutes = (time.monotonic() - self.saved_at) / 60
-        return SAVE if self.when.every_minutes and minutes >= self.when.every_minutes else 0
+        # once, by one clock: the answer comes a step later, and must not be followed by another
+        if dist.rank() or self.asked or not self.when.every_minutes or minutes < self.when.every_minutes:
+            return 0
+        self.asked = True
+        return SAVE
 
     def _stop_if(self, wish: int, state: TrainState) -> None:
         if wish == STOP:
@@ -172,7 +176,7 @@ class SaveCheckpoints(Hook):
             if seconds > LONG_SAVE * between and between > 60:
                 log.warning(f"that is {seconds / between:.0%} of the time since the one before: save less often?")
         dist.barrier()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.asked = time.monotonic(), False
 
 
 def standard(
