@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import os
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -155,10 +154,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if size() == 1:
         return model
-    # Gradients are summed in other groups after a process's first step, a resumed one's too, unless they are
-    # searched for unused ones; sums of more than two ranks' feel that in the last digits.
-    exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    # Gradients are summed in other groups after a process's first step, a resumed one's too, unless DDP has to look
+    # for unused ones; sums of more than two ranks' feel that in the last digits. It warns that there are none.
+    exact = size() > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=exact)
 
