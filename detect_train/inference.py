@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from detect_train.data import Example, collate
-from utils import coco, dist, loader, log
+from utils import coco, dist, loader, log, stop
 from utils.device import autocast
-from utils.errors import DivergedError
+from utils.errors import DivergedError, Stopped
 from utils.labels import LabelIndex
 
 LOG_EVERY = 100  # batches
@@ -43,16 +43,18 @@ def predict(
     Returns: (n, 7) float64 on every rank: image_id, x1, y1, x2, y2 (pixels of the original image), score,
         label; by image id, and within an image in the model's order.
 
-    Raises: DivergedError on every rank when a score or box is not finite on any.
+    Raises: DivergedError on every rank when a score or box is not finite on any; Stopped on every rank after the
+        same batch when a signal asks for the end.
     """
     batches = loader.WholeBatches(len(dataset), batch_size)  # type: ignore[arg-type]
     ids: list[int] = []
     rows = [torch.zeros((0, 7), dtype=torch.float64, device=device)]
     was_training = model.training
     model.eval()
+    wishes = dist.Wishes()
     data = loader.make(dataset, batches, workers=workers, device=device, collate=collate)
     with _watched(model, device) as finite:
-        for done, (images, targets) in enumerate(data, start=1):
+        for done, (images, targets) in enumerate(loader.start(data), start=1):
             with autocast(device, precision):
                 outputs = model([image.to(device, non_blocking=True) for image in images])
             for target, output in zip(targets, outputs, strict=True):
@@ -62,6 +64,11 @@ def predict(
                 rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
             if done % LOG_EVERY == 0:
                 log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
+            # as often on every rank, though some have a batch more than others
+            if done <= batches.of_every_rank and wishes.exchange(dist.STOP * bool(stop.requested())):
+                raise Stopped(
+                    f"stopped by {stop.told()} after {done} of {len(batches)} batches; the same again goes on"
+                )
     model.train(was_training)
     if dist.mean(finite) < 1:
         raise DivergedError("the detector's scores or boxes are not finite")

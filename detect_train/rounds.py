@@ -74,10 +74,19 @@ def adopt_best(cfg: Config, identity: Identity, state: TrainState, directory: Pa
             checkpoint.adopt(Path(cfg.best), directory / checkpoint_files.BEST)
 
 
-def name_best(saved: Mapping[str, Any], path: Path) -> None:
-    """Finish a save that was killed between writing the best checkpoint and naming it so."""
-    if saved["is_best"] and dist.rank() == 0:
-        checkpoint.adopt(path, path.with_name(checkpoint_files.BEST))
+def name_best(saved: Mapping[str, Any], path: Path) -> float | None:
+    """The best AP so far of a round that goes on from `path`; None if the best was lost, so that another becomes it.
+
+    A save may have been killed between writing the best checkpoint and naming it so: that is done now.
+    """
+
+    def has_best() -> str:
+        best = path.with_name(checkpoint_files.BEST)
+        if saved["is_best"]:
+            checkpoint.adopt(path, best)
+        return "yes" if best.exists() else ""
+
+    return saved["best"] if dist.from_rank_0(has_best) else None
 
 
 def check_same(identity: Identity, saved: Mapping[str, Any]) -> None:

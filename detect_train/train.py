@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         directory = run_dir.checkpoints
         path, same_round = resume.starting_point(cfg.resume, cfg.init, directory, env.restarts())
         saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
+        if dist.rank() == 0:
+            resume.make_room(directory, saved if same_round else None)
         if path and saved and same_round:
-            rounds.name_best(saved, path)
+            saved["best"] = rounds.name_best(saved, path)
         if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
@@ -99,8 +101,6 @@ def train(
         optim=asdict(cfg.optim),
     )
     state = rounds.start(cfg, identity, saved, same_round, conditions, device)
-    if dist.rank() == 0:
-        resume.make_room(run_dir.checkpoints, saved if same_round else None)
     if not same_round:
         rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
 
@@ -119,7 +119,7 @@ def train(
         state,
         loader.make(images, batches, collate=collate, workers=cfg.workers, device=device),
         detection_loss(dist.parallel(state.model, device), device),
-        [metrics, Validate(validation, metrics.writer, batch_size=cfg.batch_size // dist.size(), **how), save],
+        [metrics, Validate(validation, metrics.writer, save, batch_size=cfg.batch_size // dist.size(), **how), save],
         epochs=cfg.epochs,
         schedule=optim.constant(cfg.optim.lr, cfg.optim.warmup_steps, state.start_step),
         seed=cfg.seed,

@@ -10,7 +10,8 @@ from detect_train.data import DetectionImages
 from detect_train.inference import measure, predict
 from utils import dist
 from utils.engine import TrainState
-from utils.hooks import Hook
+from utils.errors import Stopped
+from utils.hooks import Hook, SaveCheckpoints
 from utils.labels import LabelIndex
 from utils.metrics import MetricsWriter
 
@@ -25,13 +26,14 @@ class Validate(Hook):
         self,
         index: LabelIndex,
         writer: MetricsWriter,
+        save: SaveCheckpoints,
         *,
         batch_size: int,
         workers: int,
         device: torch.device,
         precision: str,
     ) -> None:
-        self.index, self.writer, self.device = index, writer, device
+        self.index, self.writer, self.save, self.device = index, writer, save, device
         self.how: dict[str, Any] = {
             "batch_size": batch_size,
             "workers": workers,
@@ -40,21 +42,24 @@ class Validate(Hook):
         }
         self.images = DetectionImages(index, flip=False)
 
-    def after_epoch(self, state: TrainState) -> None:
+    def before_end(self, state: TrainState) -> None:
         # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
         for buffer in state.model.buffers():
             dist.broadcast(buffer)
-        detections = predict(state.model, self.images, **self.how)
+        try:
+            detections = predict(state.model, self.images, **self.how)
+        except Stopped:
+            self.save.now(state)  # the epoch's steps; the validation is done again
+            raise
         stats, _ = measure(self.index, detections, self.device)
         state.is_best = state.best is None or stats["AP"] > state.best
         if state.is_best:
             state.best = stats["AP"]
         state.summary |= stats
         if dist.rank() == 0:
-            epoch = state.epoch - 1
-            self.writer.write("val", epoch=epoch, step=state.step, best=state.is_best, **stats)
+            self.writer.write("val", epoch=state.epoch, step=state.step, best=state.is_best, **stats)
             print(
-                f"Epoch Stats [{epoch}] - Loss Avg: {state.summary['loss_avg']:.6f}, "
+                f"Epoch Stats [{state.epoch}] - Loss Avg: {state.summary['loss_avg']:.6f}, "
                 f"Loss Median: {state.summary['loss_median']:.6f}, "
                 f"Validation AP: {stats['AP']:.6f}, Is Best: {state.is_best}",
                 flush=True,

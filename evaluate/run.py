@@ -32,7 +32,7 @@ from evaluate import config, report
 from utils import checkpoint, coco, dist, env, files, labels, log, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
-from utils.errors import DivergedError, InputError, RelayError, cli, exit_code, one_line
+from utils.errors import DivergedError, InputError, RelayError, Stopped, cli, exit_code, one_line
 from utils.label_files import is_class_name
 
 PACKAGES = ("torch", "torchvision", "pycocotools")  # whose versions the report names
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, workers=cfg.workers) as device:
             stats, epochs = evaluate(cfg, run_dir, device)
+    except Stopped:
+        raise
     except Exception as error:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".err"), "a") as file:

@@ -67,7 +67,11 @@ class Death(NamedTuple):
 
 def _first(deaths: Path) -> Death | None:
     """The first rank that was killed; the ranks' shells have noted it in `deaths`."""
-    noted = [Death(file.stat().st_mtime, file.name, int(file.read_text())) for file in deaths.glob("*")]
+    noted = [
+        Death(file.stat().st_mtime, file.name, int(text))
+        for file in deaths.glob("*")
+        if (text := file.read_text().strip())  # empty on a full disk
+    ]
     shutil.rmtree(deaths, ignore_errors=True)
     return min(noted, default=None)
 

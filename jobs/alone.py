@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from jobs.stages import Chain
-from utils import files
+from utils import files, paths
 from utils.errors import InputError
 
 PATIENCE = 120  # seconds; putting a chain into Slurm's queue takes a few, with a slurmctld that is down a minute
@@ -21,6 +21,7 @@ def alone(chain: Chain, cluster: str) -> Iterator[None]:
 
     The lock does not reach other login nodes: what they have queued is found by its tags.
     """
+    paths.make_private(chain.dir.path)
     file, end, told = chain.dir.lock, time.monotonic() + PATIENCE, False
     with contextlib.ExitStack() as stack:
         while True:

@@ -115,7 +115,7 @@ def wait_until_running(chain: Chain, stage: str) -> None:
     end = time.monotonic() + PATIENCE
     while not is_ours(record := marker(chain, stage)) and time.monotonic() < end:
         time.sleep(0.05)
-    if record["status"] != "running":
+    if is_ours(record) and record["status"] != "running":
         raise EnvironmentProblem(f"rank 0 has ended: {record.get('cause')}")
 
 

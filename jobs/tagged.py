@@ -80,6 +80,8 @@ def queued(chain: Chain, ask: Callable[..., str] = call) -> list[Queued]:
             running[record["job_id"]] = stage
     found = []
     for line in ask("squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%T|%Q|%r|%E|%k|%Z").splitlines():
+        if line.count("|") < 6:  # of a comment with a line break in it, which none of ours has
+            continue
         job, now, priority, reason, dependency, rest = line.split("|", 5)
         comment, _, folder = rest.rpartition("|")
         name, stage, token, hold = chain.name, running.get(job, ""), "", ""

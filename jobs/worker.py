@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs import stages, state
 from jobs.stages import Chain
-from utils import env, log, run_lock
+from utils import env, log, paths, run_lock
 from utils.errors import InputError, Stopped, cli
 from utils.paths import CHAIN_FILE, RunDir
 
@@ -34,6 +34,7 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
     resolved = chain.resolve(stage, words)
     run_dir, rank = chain.run_dir(stage), env.world().rank
     log_file = run_dir.rank_log(env.job_id(), env.restarts(), rank)
+    paths.make_private(run_dir.path)
     log.setup(rank, log_file)
     if state.is_done(chain, stage, resolved):
         log.info(f"{stage} is already done: {run_dir.path}")
@@ -55,9 +56,9 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             if rank == 0:
                 state.running(chain, stage, resolved, log_file, inputs)
             state.wait_until_running(chain, stage)
-            paths = {key: source["path"] for key, source in inputs.items() if source["from"]}
+            files = {key: source["path"] for key, source in inputs.items() if source["from"]}
             program = importlib.import_module(chain.stages[stage].module)
-            result = program.main(chain.argv(stage, words, paths))
+            result = program.main(chain.argv(stage, words, files))
             if rank == 0:
                 state.done(chain, stage, result)
         except Stopped as stopped:

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         path, same_round = resume.starting_point(cfg.resume, None, run_dir.checkpoints, env.restarts())
         saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train") if path else None
         if dist.rank() == 0:
+            resume.make_room(run_dir.checkpoints, saved if same_round else None)
+        if dist.rank() == 0:
             files.write_text(run_dir.config, config.to_yaml(cfg))
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
             epochs, summary = saved["epochs_done"], saved["summary"]
@@ -90,8 +92,6 @@ def train(
         **{"optim": asdict(cfg.optim), "augment": asdict(cfg.augment), "epochs": cfg.epochs},
     )
     state = start(cfg, device, saved, same_round, conditions)
-    if dist.rank() == 0:
-        resume.make_room(run_dir.checkpoints, saved if same_round else None)
 
     def payload(state: TrainState) -> dict[str, Any]:
         return checkpoint.payload(

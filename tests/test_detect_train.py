@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from detect_train import train
+from detect_train import train, validation
 from tests.labeled_set import write_example, write_label, write_set
 from tests.test_detect_model import moco, resnet
 from utils import checkpoint, checkpoint_files, coco, engine
-from utils.errors import DivergedError, InputError
+from utils.errors import DivergedError, InputError, Stopped
 from utils.files import sha256
 from utils.paths import RunDir
 
@@ -269,3 +271,40 @@ def test_a_kill_between_saving_the_best_and_naming_it_loses_nothing(
     (checkpoints / "best.pth").unlink()
     outputs = fine_tune(tmp_path / "run", data, 2)["outputs"]
     assert sha256(outputs["best"]) == sha256(outputs["last"]) and checkpoint_files.verify(outputs["best"])
+
+
+def test_a_stop_in_a_validation_keeps_the_epoch_and_validates_again(
+    tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, result = r1
+    predict = validation.predict
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return predict(*arguments, **options)
+
+    monkeypatch.setattr(validation, "predict", signalled)
+    with pytest.raises(Stopped, match="stopped by SIGUSR2 after 1 of 1 batches"):
+        fine_tune(tmp_path / "run", data, 2)
+    assert records(tmp_path / "run", "val") == []
+    newest = checkpoint_files.newest(RunDir(tmp_path / "run").checkpoints)
+    assert newest and newest.name == "checkpoint_0000_00000002.pth"
+    monkeypatch.setattr(validation, "predict", predict)
+    resumed = fine_tune(tmp_path / "run", data, 2)
+    assert resumed["metrics"] == result["metrics"]
+    assert records(tmp_path / "run", "val") == records(run, "val")
+    weights = [last_of(ended)["model"] for ended in (result, resumed)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_best_that_is_lost_is_no_best(tmp_path: Path, r1: tuple[Path, dict[str, Any]], data: Path) -> None:
+    run, _ = r1
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = RunDir(tmp_path / "run").checkpoints
+    newest = checkpoint_files.newest(checkpoints)
+    assert newest
+    checkpoint.write(newest, {**checkpoint.read(newest), "is_best": False, "best": 1.0})
+    checkpoint_files.record(newest, sha256(newest))
+    (checkpoints / "best.pth").unlink()
+    done = fine_tune(tmp_path / "run", data, 3)
+    assert done["metrics"]["best_AP"] == done["metrics"]["AP"] and sha256(done["outputs"]["best"])

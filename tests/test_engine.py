@@ -195,12 +195,20 @@ def test_another_history_s_checkpoints_are_set_aside_not_counted(tmp_path: Path)
     for epoch in (7, 8):
         state.epoch, state.is_best = epoch, epoch == 7
         checkpoint.save(run_dir, payload(state))
-    resume.make_room(directory, checkpoint.load(directory / "best.pth", "toy", "?"))
-    assert [path.name for path in checkpoint_files.everything(directory)] == ["checkpoint_0006.pth"]
+    seventh = checkpoint.load(directory / "best.pth", "toy", "?")
+    resume.make_room(directory, seventh)
+    files = ["best.pth", "best.pth.sha256", "checkpoint_0006.pth", "checkpoint_0006.pth.sha256"]
+    assert sorted(path.name for path in directory.iterdir()) == files
+    aside = tmp_path / "checkpoints.1" / "checkpoint_0007.pth"
+    assert aside.exists() and checkpoint_files.verify(aside)
+    state.epoch = 9
+    checkpoint.save(run_dir, payload(state))
+    (directory / "best.pth").write_bytes(b"")  # and with it checkpoint_0006.pth, the same file
+    checkpoint.write(directory / "checkpoint_0005.pth", seventh)
+    resume.make_room(directory, {**seventh, "epochs_done": 6})
+    assert [path.name for path in directory.iterdir()] == ["checkpoint_0005.pth"], "nor is it the best of this history"
     resume.make_room(directory, None)
-    assert not checkpoint_files.everything(directory) and (directory / "best.pth").exists()
-    assert (tmp_path / "checkpoints.1" / "checkpoint_0007.pth").exists()
-    assert (tmp_path / "checkpoints.2" / "checkpoint_0006.pth").exists()
+    assert not list(directory.iterdir()) and (tmp_path / "checkpoints.3" / "checkpoint_0005.pth").exists()
 
 
 def test_a_checkpoint_every_few_steps_goes_on_within_the_epoch(tmp_path: Path) -> None:
@@ -329,14 +337,16 @@ def test_going_on_under_other_conditions_is_refused_or_noted(tmp_path: Path) -> 
     for path in (within, after):
         with pytest.raises(InputError, match="is of 1 ranks, this run has 2: start as many, or set allow_world_change"):
             restored(path, world_size=2)
-        assert restored(path, world_size=2, same_round=False).inexact == []
     with pytest.raises(
         InputError, match="saved 2 batches into epoch 0, where these must stay: batch_size 4 -> 8; data"
     ):
         restored(within, batch_size=8, data="thirteen")
+    assert restored(after, world_size=2, same_round=False).inexact == []
     assert restored(after, batch_size=8).inexact == ["after step 3: batch_size 4 -> 8"]
     assert restored(within).inexact == []
-    state = restored(within, world_size=2, threads=3, allow=True)
-    assert state.inexact == ["after step 2: world_size 1 -> 2", "after step 2: threads 1 -> 3"]
+    with pytest.raises(InputError, match="saved 2 batches into epoch 0: go on in its own run directory"):
+        restored(within, same_round=False)
+    state = restored(after, world_size=2, threads=3, allow=True)
+    assert state.inexact == ["after step 3: world_size 1 -> 2", "after step 3: threads 1 -> 3"]
     checkpoint.write(tmp_path / "on.pth", payload(state))
     assert restored(tmp_path / "on.pth", same_round=False).inexact == state.inexact, "a later round knows"

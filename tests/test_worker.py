@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -154,3 +155,15 @@ def test_a_disk_that_is_full_has_room_for_the_cause(here: Checkout) -> None:
         marker = here.state("pretrain")
     assert (marker["status"], marker["exit_code"]) == ("failed", 75)
     assert "No space left on device" in marker["cause"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022])
+def test_what_is_made_is_ours_alone_whatever_the_umask(here: Checkout, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        done = here.local("--chain"), here.worker("pretrain", "--name", "other")
+    finally:
+        os.umask(before)
+    assert [run.returncode for run in done] == [0, 0], done
+    folders = ["standin", "standin/pretrain", "standin/eval", "other", "other/pretrain"]
+    assert {(here.root / "runs" / folder).stat().st_mode & 0o777 for folder in folders} == {0o700}

@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import env, log, paths, rendezvous, run_lock, stop
 from utils.device import describe, make_deterministic, pick
-from utils.errors import RelayError, Stopped, error_like, exit_code, explained
+from utils.errors import Stopped, error_like, exit_code, explained, one_line
 from utils.paths import RunDir
 from utils.shared_config import DeviceName
 
 _patience = 0.0
+_host_group: dist.ProcessGroup | None = None  # for what ranks tell each other past their devices
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def session(
     Raises: EnvironmentProblem when the ranks cannot find each other, lose one, or the device is not there;
     InputError when the directory is another run's.
     """
-    global _patience
+    global _patience, _host_group
     world, _patience = env.world(), timeout
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
@@ -60,6 +61,7 @@ def session(
                 timeout=datetime.timedelta(seconds=timeout),
                 device_id=chosen if chosen.type == "cuda" else None,
             )
+            _host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         try:
             yield chosen
         except Stopped:
@@ -115,12 +117,15 @@ def from_rank_0(decide: Callable[[], str]) -> str:
     if rank() == 0:
         try:
             answer = f"0 {decide()}"
-        except RelayError as error:
-            answer = f"{exit_code(error)} {error}"
+        except Exception as error:  # the others wait for an answer
+            answer = f"{exit_code(error)} {one_line(error)}"
     code, _, text = agree(answer).partition(" ")
     if code != "0":
         raise error_like(int(code), text)
     return text
+
+
+STOP = 2  # the wish to end
 
 
 class Wishes:
@@ -131,18 +136,17 @@ class Wishes:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if size() > 1 else None
         self.wish, self.answer = torch.zeros((), dtype=torch.long), None
 
     def exchange(self, wish: int) -> int:
-        if self.group is None:
+        if size() == 1:
             return wish
         agreed = 0
         if self.answer:
             self.answer.wait()
             agreed = int(self.wish)
         self.wish = torch.tensor(wish)
-        self.answer = dist.all_reduce(self.wish, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.answer = dist.all_reduce(self.wish, dist.ReduceOp.MAX, group=_host_group, async_op=True)
         return agreed
 
 

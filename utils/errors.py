@@ -57,7 +57,7 @@ def exit_code(error: BaseException) -> int:
 
 def error_like(code: int, text: str) -> RelayError:
     """The error of ours that ends a program with `code`, made again on another rank."""
-    return next(kind for kind in RelayError.__subclasses__() if kind.exit_code == code)(text)
+    return next((kind for kind in RelayError.__subclasses__() if kind.exit_code == code), RelayError)(text)
 
 
 # What torch says when something outside this process failed, and what it means.

@@ -32,7 +32,7 @@ class Hook:
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None: ...
 
     def before_end(self, state: TrainState) -> None:
-        """All batches are done; what follows an epoch, such as validation, is not."""
+        """All batches of the epoch are done, and it does not count as finished yet: a run may stop and go on here."""
 
     def after_epoch(self, state: TrainState) -> None: ...
 
@@ -66,10 +66,10 @@ class LogMetrics(Hook):
         if rest := state.batch % self.every:
             self._write(state, rest)
         self.check_weights(state)  # before a validation fails for them
-
-    def after_epoch(self, state: TrainState) -> None:
         averages = {f"{name}_avg": statistics.fmean(row[name] for row in state.rows) for name in state.rows[0]}
         state.summary = averages | {"loss_median": statistics.median(row["loss"] for row in state.rows)}
+
+    def after_epoch(self, state: TrainState) -> None:
         state.rows = []
 
     def fetch(self, state: TrainState) -> None:
@@ -112,7 +112,7 @@ class LogMetrics(Hook):
         self.since = time.monotonic()
 
 
-SAVE, STOP = 1, 2  # wishes, the greater one wins
+SAVE, STOP = 1, dist.STOP  # wishes, the greater one wins
 
 
 class SaveCheckpoints(Hook):
@@ -136,17 +136,14 @@ class SaveCheckpoints(Hook):
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
         wish = self.wishes.exchange(self._wish())
         if wish or (self.when.every_steps and state.step % self.when.every_steps == 0):
-            self._save(state)
-        self._stop_if(wish, state)
-
-    def before_end(self, state: TrainState) -> None:
-        wish = max(self.wishes.exchange(self._wish()), self.wishes.exchange(0))
-        if wish == STOP:  # rather than after a validation that may take longer than there is
-            self._save(state)
-        self._stop_if(wish, state)
+            self.now(state)
+        if wish == STOP:
+            raise Stopped(
+                f"stopped by {stop.told()} after step {state.step}, which is saved; the same again goes on there"
+            )
 
     def after_epoch(self, state: TrainState) -> None:
-        self._save(state)
+        self.now(state)
 
     def _wish(self) -> int:
         if stop.requested():
@@ -158,14 +155,8 @@ class SaveCheckpoints(Hook):
         self.asked = True
         return SAVE
 
-    def _stop_if(self, wish: int, state: TrainState) -> None:
-        if wish == STOP:
-            asked = stop.requested() or "a signal to another rank"
-            raise Stopped(
-                f"stopped by {asked} after step {state.step}, which is saved; the same again goes on from there"
-            )
-
-    def _save(self, state: TrainState) -> None:
+    def now(self, state: TrainState) -> None:
+        """Save, all ranks together. Raises: DivergedError, EnvironmentProblem."""
         self.metrics.fetch(state)
         self.metrics.check_weights(state)
         began = time.monotonic()

@@ -72,9 +72,9 @@ class WholeBatches(Sampler[list[int]]):
     """
 
     def __init__(self, length: int, batch_size: int) -> None:
-        self.batches = [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)][
-            dist.rank() :: dist.size()
-        ]
+        everything = [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)]
+        self.batches = everything[dist.rank() :: dist.size()]
+        self.of_every_rank = len(everything) // dist.size()  # a rank has as many batches, or one more
 
     def __len__(self) -> int:
         return len(self.batches)

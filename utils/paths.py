@@ -151,7 +151,8 @@ def make_private(folder: Path) -> None:
         raise EnvironmentProblem(f"{folder}: must be a real folder of this user; remove it or name another")
     if found.st_mode & OTHERS_WRITE:
         raise EnvironmentProblem(f"{folder}: others can write there; use chmod go-w, or name another")
-    if above.st_mode & OTHERS_WRITE and not above.st_mode & stat.S_ISVTX:
+    is_sticky = above.st_mode & stat.S_ISVTX and above.st_uid in (0, os.geteuid())  # its owner can rename all in it
+    if above.st_mode & OTHERS_WRITE and not is_sticky:
         raise EnvironmentProblem(f"{folder}: others can exchange it; use chmod go-w {folder.parent}, or name another")
 
 

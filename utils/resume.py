@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,24 @@ def make_room(directory: Path, start: Mapping[str, Any] | None) -> None:
     later = [path for path in checkpoint_files.everything(directory) if checkpoint_files.position(path.name) > reached]
     if not later:
         return
+    best = directory / checkpoint_files.BEST
+    if best.exists() and _position_of(best) > reached:
+        later.append(best)
     aside = paths.free_name(directory)
     aside.mkdir()
     for path in later:
-        path.rename(aside / path.name)
+        for file in filter(Path.exists, (path, checkpoint_files.sidecar(path))):
+            file.rename(aside / file.name)
     log.info(f"checkpoints that are further than where this run starts are now in {aside}")
+
+
+def _position_of(path: Path) -> tuple[float, float]:
+    """Where in the run a checkpoint of any name was saved; a damaged one counts as further than all."""
+    try:
+        checkpoint_files.verify(path)
+        return checkpoint_files.position(checkpoint.file_name(checkpoint.read(path)))
+    except (CheckpointError, InputError):
+        return math.inf, 0
 
 
 def restore(
@@ -88,11 +102,17 @@ def restore(
     noted in `state.inexact`.
     """
     state.inexact = list(saved["inexact"])
+    if saved["batch"] and not same_round:
+        where = f"{saved['batch']} batches into epoch {saved['epochs_done']}"
+        raise InputError(f"the checkpoint was saved {where}: go on in its own run directory, or give a whole epoch's")
     if same_round:
         state.inexact += _changes(saved, conditions, allow_world_change)
         state.batch, state.rows, state.is_best = saved["batch"], list(saved["rows"]), saved["is_best"]
     state.model.load_state_dict(saved["model"])
-    own = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    own = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in state.optimizer.param_groups
+    ]
     state.optimizer.load_state_dict(saved["optimizer"])
     for group, settings in zip(state.optimizer.param_groups, own, strict=True):
         group.update(settings)

@@ -67,7 +67,8 @@ def owned(run_dir: RunDir) -> Iterator[None]:
             pass  # another claimed or released it in between
         _held[key] = file, mine
         for left in run_dir.path.rglob(".*.tmp"):  # by attempts that were killed while they wrote
-            left.unlink(missing_ok=True)
+            if left.parent != run_dir.logs:  # where other ranks of this attempt write already
+                left.unlink(missing_ok=True)
         try:
             yield
         finally:

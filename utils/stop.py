@@ -17,6 +17,11 @@ def requested() -> str | None:
     return _received[0] if _received else None
 
 
+def told() -> str:
+    """By what this run was asked to end, in words."""
+    return requested() or "a signal to another rank"
+
+
 def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
 
