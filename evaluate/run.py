@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.models.detection import FasterRCNN
 
 from detect_train.data import DetectionImages
 from detect_train.inference import measure, predict
-from detect_train.model import from_checkpoint
-from evaluate import config, report
-from utils import checkpoint, coco, dist, env, files, labels, log, paths, squashfs
+from evaluate import config, detector, report
+from utils import coco, dist, env, files, labels, log, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
-from utils.errors import DivergedError, InputError, RelayError, Stopped, cli, exit_code, one_line
-from utils.label_files import is_class_name
+from utils.errors import DivergedError, InputError, RelayError, Stopped, cli, exit_code
 
 PACKAGES = ("torch", "torchvision", "pycocotools")  # whose versions the report names
 
@@ -63,9 +60,8 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     if dist.rank() == 0:
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
-    checkpoint.check(Path(cfg.checkpoint))
-    saved = load_detector(Path(cfg.checkpoint))
-    model, classes = make_detector(cfg.checkpoint, saved)
+    saved = detector.load(Path(cfg.checkpoint))
+    model, classes = detector.build(cfg.checkpoint, saved)
     root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives)
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
     index = labels.load(root, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
@@ -91,41 +87,6 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     if result:
         write(cfg, run_dir, saved, index, machine, result)
     return stats, saved["epochs_done"]
-
-
-def load_detector(path: Path) -> dict[str, Any]:
-    """A detector's checkpoint.
-
-    Raises: InputError when it is something else (which says so of a backbone), or its weights are not finite.
-    """
-    try:
-        saved = checkpoint.load(path, "detector", "give a checkpoint of detect_train")
-    except InputError:
-        if is_backbone(checkpoint.read(path)):
-            raise InputError(f"{path} is a backbone only: train a detector on it first (detect_train)") from None
-        raise
-    # torchvision drops boxes with NaN scores: such weights would be reported as AP 0
-    if bad := [name for name, value in saved["model"].items() if not torch.isfinite(value).all()]:
-        raise InputError(f"{path}: {len(bad)} tensors are not finite, first {bad[0]}: the training diverged")
-    return saved
-
-
-def make_detector(path: str, saved: dict[str, Any]) -> tuple[FasterRCNN, tuple[str, ...]]:
-    """The detector of a checkpoint and its classes. Raises: InputError when its parts contradict each other."""
-    names, count = saved["classes"], saved["architecture"].get("num_classes")
-    if not all(map(is_class_name, names)) or len(set(names)) != len(names) or count != len(names) + 1:
-        raise InputError(f"{path}: {len(names)} distinct class names expected for num_classes={count}")
-    try:
-        return from_checkpoint(saved)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: its weights are not those of the architecture it names: {one_line(error)}") from None
-
-
-def is_backbone(content: dict[str, Any]) -> bool:
-    """Whether a weights file holds a ResNet, under whatever names, and no detector around it."""
-    names = [str(key) for part in (content, *content.values()) if isinstance(part, dict) for key in part]
-    resnet = any(name.endswith("layer1.0.conv1.weight") for name in names)
-    return resnet and not any("rpn." in name for name in names)
 
 
 def write(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from evaluate import config, report, run
 from tests import ranks
 from utils import checkpoint, coco, env, images, labels, optim
 from utils.engine import TrainState
-from utils.errors import InputError
+from utils.errors import InputError, Stopped
 
 CLASSES = ["cat", "cup or mug", "dog"]
 ARCHITECTURE: dict[str, Any] = {
@@ -202,12 +204,12 @@ def test_files_that_hold_no_detector_are_refused_by_name(tmp_path: Path) -> None
     assert len(files) == 3
     for path in files.values():
         with pytest.raises(InputError, match=f"{path.name} is a backbone only: .*detect_train"):
-            run.load_detector(path)
+            run.detector.load(path)
     checkpoint.write(tmp_path / "other.pth", {"weight": torch.zeros(3)})
     with pytest.raises(InputError, match=r"other\.pth: not a checkpoint of this project"):
-        run.load_detector(tmp_path / "other.pth")
+        run.detector.load(tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"gone\.pth: no such file"):
-        run.load_detector(tmp_path / "gone.pth")
+        run.detector.load(tmp_path / "gone.pth")
 
 
 def test_weights_that_are_not_finite_are_refused(best: Path, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_weights_that_are_not_finite_are_refused(best: Path, tmp_path: Path) -> 
     content["model"]["rpn.head.bbox_pred.bias"][0] = torch.nan
     checkpoint.write(tmp_path / "nan.pth", content)
     with pytest.raises(InputError, match=r"nan\.pth: 1 tensors are not finite, first rpn\.head\.bbox_pred\.bias"):
-        run.load_detector(tmp_path / "nan.pth")
+        run.detector.load(tmp_path / "nan.pth")
 
 
 def test_a_detector_whose_scores_overflow_gets_no_report(
@@ -257,3 +259,16 @@ def test_configuration_files_are_complete_and_problems_come_together() -> None:
         config.parse([*given, "--batch-size", "0", "workers=-1"])
     with pytest.raises(InputError, match=r"(?s)run_dir: required.*checkpoint: required.*data\.labeled: required"):
         config.parse([])
+
+
+def test_a_signal_ends_it_without_a_report(
+    tmp_path: Path, best: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*given: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*given, **options)
+
+    monkeypatch.setattr(run, "predict", signalled)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after 1 of \d batches"):
+        run.main(arguments(tmp_path, best, dataset))
+    assert not list(tmp_path.rglob("eval_*")) and not list(tmp_path.rglob("metrics.json"))

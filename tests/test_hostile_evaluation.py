@@ -75,10 +75,10 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(
     edit: Callable[[dict[str, Any]], object], message: str, best: Path
 ) -> None:
     content = checkpoint.read(best)
-    assert len(run.make_detector("best.pth", content)[1]) == 3
+    assert len(run.detector.build("best.pth", content)[1]) == 3
     edit(content)
     with pytest.raises(InputError, match=rf"other\.pth: .*{message}"):
-        run.make_detector("other.pth", content)
+        run.detector.build("other.pth", content)
 
 
 def test_a_contradiction_leaves_its_cause_and_no_report(best: Path, data: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_checkpoint_with_a_flipped_bit_gets_no_number(best: Path, data: Path, 
     copy = tmp_path / "best.pth"
     copy.write_bytes(best.read_bytes())
     checkpoint_files.record(copy, sha256(copy))
-    assert run.load_detector(copy)["epochs_done"] == 7
+    assert run.detector.load(copy)["epochs_done"] == 7
     content = bytearray(copy.read_bytes())
     content[len(content) // 2] ^= 1  # in the weights: torch reads them without a word
     copy.write_bytes(content)
