@@ -1,0 +1,1 @@
+"""detect_train, with every step written down."""

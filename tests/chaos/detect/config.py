@@ -1,0 +1,5 @@
+"""The program's own configuration."""
+
+from detect_train.config import Config, parse
+
+__all__ = ["Config", "parse"]

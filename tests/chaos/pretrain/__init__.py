@@ -1,0 +1,1 @@
+"""ssl_train, with every step written down."""
