@@ -20,7 +20,7 @@ check: install-dev
 	$(BIN)/mypy jobs ssl_train detect_train evaluate utils bench tests
 	$(BIN)/lint-imports
 
-chaos: install-dev # FAULTS random kills on a chain, drawn from SEED; on two cores about a quarter of an hour
+chaos: install-dev # FAULTS random kills on a chain, drawn from SEED; on two cores about half an hour
 	$(BIN)/python -m tests.cluster install
 	$(BIN)/python -m tests.chaos --seed $(SEED) --faults $(FAULTS)
 

@@ -35,7 +35,7 @@ def decide(chain: Chain, stage: str, words: Sequence[str], code: int, deaths: Pa
         _begun(chain, stage, words)  # the signal came in a rank's first milliseconds
         record = state.marker(chain, stage)
     if record["status"] == "running":
-        error = silent_end(killed.code if killed else code, f"rank {killed.rank}" if killed else "a rank")
+        error = silent_end(killed.code if killed else code, f"rank {killed.rank}" if killed else "srun or a rank")
         state.finish(chain, stage, error, record["log"])
         print(f"{stage}: {error}", file=sys.stderr, flush=True)
     elif record["status"] == "failed" and killed and killed.time < chain.run_dir(stage).state.stat().st_mtime:

@@ -15,6 +15,7 @@ from tests.faults import recorder
 from tests.ranks import environment
 from tests.test_dist import step
 from tests.test_ssl_train import SMALL, write_images
+from utils import loader
 from utils.paths import ROOT
 
 TIMEOUT = 6  # seconds without an answer
@@ -61,12 +62,18 @@ def worker_of(process: subprocess.Popen[str]) -> int:
     return next(int(pid) for pid in children if "recorder" in Path(f"/proc/{pid}/cmdline").read_text())
 
 
+SILENT = f"a loader process gave nothing for {int(loader.WAIT * TIMEOUT)} s"
 LOST = "ERROR 75: lost another rank, which ended or did not answer in time"
 FAULTS: list[tuple[str, Callable[[subprocess.Popen[str]], int], signal.Signals, str]] = [
     ("a killed rank", lambda process: process.pid, signal.SIGKILL, LOST),
     ("a stopped rank", lambda process: process.pid, signal.SIGSTOP, LOST),
     ("a killed worker", worker_of, signal.SIGKILL, "was killed (Killed), perhaps for memory"),
-    ("a stopped worker", worker_of, signal.SIGSTOP, f"a loader process gave nothing for {TIMEOUT} s"),
+    (
+        "a stopped worker",
+        worker_of,
+        signal.SIGSTOP,
+        SILENT,
+    ),
 ]
 
 

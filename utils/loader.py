@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils import dist, stop
 from utils.errors import InputError
 
+WAIT = 0.7  # of the time that ranks wait for each other: the cause is known before they give up
 Key = tuple[int, int]  # (epoch, index)
 
 
@@ -128,7 +129,7 @@ def make(
 ) -> DataLoader[Any]:
     """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA.
 
-    A worker that gives nothing for as long as a rank may is an error (RuntimeError).
+    A worker that gives nothing for nearly as long as a rank may is an error (RuntimeError).
     """
     return DataLoader(
         dataset,
@@ -138,7 +139,7 @@ def make(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_prepare_worker,
-        timeout=dist.patience() if workers else 0,
+        timeout=WAIT * dist.patience() if workers else 0,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
     )
 
