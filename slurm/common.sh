@@ -46,7 +46,7 @@ run_stage() {
     do :; done
     trap "" USR1 USR2 TERM # nor do they end what follows
     "${relay_python[@]}" -m jobs.after "$code" "$@" && code=0 || code=$?
-    if ((code == 99)); then
+    if ((code == 99)); then # REQUEUE of jobs/after.py
         relay_requeue && code=0 || code=$?
     fi
     exit "$code"

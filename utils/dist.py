@@ -113,15 +113,16 @@ def agree(value: str) -> str:
 
 def from_rank_0(decide: Callable[[], str]) -> str:
     """What `decide` returns on rank 0, on every rank. What it raises there, every rank raises."""
-    answer = ""
+    answer, own = "", None
     if rank() == 0:
         try:
             answer = f"0 {decide()}"
         except Exception as error:  # the others wait for an answer
+            own = error
             answer = f"{exit_code(error)} {one_line(error)}"
     code, _, text = agree(answer).partition(" ")
     if code != "0":
-        raise error_like(int(code), text)
+        raise own or error_like(int(code), text)  # rank 0's with its traceback
     return text
 
 

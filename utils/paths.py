@@ -113,7 +113,7 @@ class ChainDir:
 
     @property
     def submitted(self) -> Path:
-        """Scripts, pickled calls and output of the jobs the launcher submitted."""
+        """Scripts and output of the jobs the launcher submitted."""
         return self.path / "submitted"
 
     @property
