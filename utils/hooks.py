@@ -132,9 +132,13 @@ class SaveCheckpoints(Hook):
     ) -> None:
         self.run_dir, self.payload, self.when, self.metrics = run_dir, payload, when, metrics
         self.wishes, self.saved_at, self.asked = dist.Wishes(), time.monotonic(), False
+        self.just_saved = False
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
         wish = self.wishes.exchange(self._wish())
+        if wish == SAVE and self.just_saved and dist.size() > 1:
+            wish = 0  # wished for a step ago, before that save
+        self.just_saved = False
         if wish or (self.when.every_steps and state.step % self.when.every_steps == 0):
             self.now(state)
         if wish == STOP:
@@ -167,7 +171,7 @@ class SaveCheckpoints(Hook):
             if seconds > LONG_SAVE * between and between > 60:
                 log.warning(f"that is {seconds / between:.0%} of the time since the one before: save less often?")
         dist.barrier()
-        self.saved_at, self.asked = time.monotonic(), False
+        self.saved_at, self.asked, self.just_saved = time.monotonic(), False, True
 
 
 def standard(
