@@ -17,6 +17,8 @@ setup(
         "torchvision>=0.24",
         "submitit>=1.5.4",
         "pycocotools>=2.0.8",
+        "hotcoco>=1.3",
+        "opencv-python-headless>=4.10",
         "pyyaml>=6",
         "numpy>=1.26",
         "pillow>=10",

@@ -1,0 +1,119 @@
+"""A set of files, in a folder or in an archive, the same to whoever reads it.
+
+Files are numbered from 0 in the order of their paths. Numbers, not names, are what is kept per image: of half a
+million files they are 4 MB that loader processes share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from utils.errors import InputError
+
+
+class Tree(Protocol):
+    """Files below a root. Reading is safe in forked and in spawned processes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Which content it is: an archive's sha256, of a folder a hash of names and sizes."""
+
+    def __str__(self) -> str:
+        """The folder or archive, for messages."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """The path below the root, with `/`."""
+
+    def shown(self, number: int) -> str:
+        """The path for messages: root and name."""
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        """Bytes, and mtime in ns: another stamp is another content."""
+
+    def find(self, folder: str = "", suffixes: Sequence[str] = (), *, deep: bool = True) -> np.ndarray:
+        """Numbers, ascending, of the files in `folder`, and below it if `deep`, whose name ends in one of `suffixes`.
+
+        In any case of letters. Hidden files are left out: they belong to other programs.
+        """
+
+    def problem(self, number: int) -> str | None:
+        """Why a file cannot be read, without reading it: it is a FIFO, or a link to nothing."""
+
+    def read(self, number: int) -> bytes:
+        """A file's content. Raises: InputError naming the file."""
+
+
+class Folder:
+    """Everything in a folder but folders; links to files count as files, links to folders are not followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        names = []
+        for parent, _, found in os.walk(self.root, onerror=_refuse):
+            names += [os.path.relpath(os.path.join(parent, name), self.root) for name in found]
+        self._names = sorted(names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        lines = [os.fsencode(name) + b"\0%d\n" % self.stamp(number)[0] for number, name in enumerate(self._names)]
+        return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, number: int) -> str:
+        return self._names[number]
+
+    def shown(self, number: int) -> str:
+        return str(self.root / self._names[number])
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        path = self.root / self._names[number]
+        try:
+            status = path.stat()
+        except OSError:
+            status = path.lstat()
+        return status.st_size, status.st_mtime_ns
+
+    def find(self, folder: str = "", suffixes: Sequence[str] = (), *, deep: bool = True) -> np.ndarray:
+        return matching(self._names, folder, suffixes, deep)
+
+    def problem(self, number: int) -> str | None:
+        return None if (self.root / self._names[number]).is_file() else "not a file, or a link to none"
+
+    def read(self, number: int) -> bytes:
+        if problem := self.problem(number):  # opening a FIFO would wait for ever
+            raise InputError(f"{self.shown(number)}: {problem}")
+        try:
+            return (self.root / self._names[number]).read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.shown(number)}: {error.strerror}") from None
+
+
+def matching(names: Sequence[str], folder: str, suffixes: Sequence[str], deep: bool) -> np.ndarray:
+    """`Tree.find` over sorted names."""
+    start = f"{folder}/" if folder else ""
+    found = []
+    for number, name in enumerate(names):
+        rest = name[len(start) :]
+        hidden = rest.startswith(".") or "/." in rest
+        fits = not suffixes or rest.lower().endswith(tuple(suffixes))
+        if name.startswith(start) and (deep or "/" not in rest) and not hidden and fits:
+            found.append(number)
+    return np.array(found, dtype=np.int64)
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: {error.strerror}")
