@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 SEED ?= 1
 FAULTS ?= 40
 
-.PHONY: demo test check chaos cluster-up cluster-down install install-dev
+BENCH ?=
+
+.PHONY: demo test check bench chaos cluster-up cluster-down install install-dev
 
 demo: install
 	$(BIN)/python -m utils.sample_data data/demo
@@ -19,6 +21,9 @@ check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy jobs ssl_train detect_train evaluate utils bench tests
 	$(BIN)/lint-imports
+
+bench: install-dev # all of bench/, or BENCH="augment archive"; tables are kept in bench/results/
+	$(BIN)/python -m bench $(BENCH)
 
 chaos: install-dev # FAULTS random kills on a chain, drawn from SEED; on two cores about half an hour
 	$(BIN)/python -m tests.cluster install

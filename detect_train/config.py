@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import config
-from utils.shared_config import OnError, ResNet, Sgd, Training
+from utils.shared_config import OnError, ResNet, Sgd, Stage, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "r1.yaml"
 FLAGS = {
@@ -27,6 +27,7 @@ LEVELS = 5  # of the feature pyramid that propose boxes
 @dataclass(frozen=True, kw_only=True)
 class Data:
     labeled: str  # squashfs archive or folder of the labelled set
+    stage: Stage  # read the archive where it is, or copied whole; unpack it; mount it by squashfuse
     classes: str | None = None  # text file, a name a line; else the set's classes.txt, else its training labels
     on_error: OnError  # unusable images and labels: list them and end, or leave them out
 
@@ -104,7 +105,7 @@ class Config(Training):
         return self.training_problems() + found + self.optim.problems() + model.problems()
 
 
-def parse(argv: Sequence[str] | None) -> Config:
+def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line. Raises: InputError listing every problem."""
     line = config.parser("detect_train.train", FLAGS, DEFAULT, "Train Faster R-CNN-FPN for one round.")
     return config.parse(Config, line, argv)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from detect_train.targets import Batch, pad
 from utils import images
 from utils.labels import LabelIndex
 
@@ -32,7 +33,7 @@ class DetectionImages(Dataset[Example]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> Example:
-        picture = np.array(images.load(self.index.path(i)))
+        picture = np.array(images.decode(self.index.read(i), self.index.shown(i)))
         image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
         boxes, labels = self.index.target(i)
         target = {
@@ -50,6 +51,8 @@ def mirror(image: torch.Tensor, target: Target) -> Example:
     return image.flip(2), {**target, "boxes": torch.stack([width - x2, y1, width - x1, y2], dim=1)}
 
 
-def collate(examples: Sequence[Example]) -> tuple[list[torch.Tensor], list[Target]]:
-    """Images of different sizes stay apart."""
-    return [image for image, _ in examples], [target for _, target in examples]
+def collate(examples: Sequence[Example]) -> Batch:
+    """A training step's share: one tensor of the images if they are of one size, and their padded targets."""
+    images = [image for image, _ in examples]
+    alike = len({image.shape for image in images}) == 1
+    return Batch(torch.stack(images) if alike else images, pad([target for _, target in examples]))

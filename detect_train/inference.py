@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from detect_train.data import Example, collate
+from detect_train.data import Example
 from utils import coco, dist, loader, log, stop
 from utils.device import autocast
 from utils.errors import DivergedError, Stopped
@@ -20,7 +20,7 @@ from utils.labels import LabelIndex
 LOG_EVERY = 100  # batches
 
 
-@torch.no_grad()  # not inference_mode: the anchors that torchvision caches here are used in training again
+@torch.no_grad()  # not inference_mode: the anchors that are kept here are used in training again
 def predict(
     model: nn.Module,
     dataset: Dataset[Example],
@@ -52,13 +52,13 @@ def predict(
     was_training = model.training
     model.eval()
     wishes = dist.Wishes()
-    data = loader.make(dataset, batches, workers=workers, device=device, collate=collate)
+    data = loader.make(dataset, batches, workers=workers, device=device, collate=images_and_ids)
     with _watched(model, device) as finite:
-        for done, (images, targets) in enumerate(loader.start(data), start=1):
+        for done, (images, some_ids) in enumerate(loader.start(data), start=1):
             with autocast(device, precision):
                 outputs = model([image.to(device, non_blocking=True) for image in images])
-            for target, output in zip(targets, outputs, strict=True):
-                ids.append(int(target["image_id"]))
+            for image_id, output in zip(some_ids, outputs, strict=True):
+                ids.append(image_id)
                 scores_labels = torch.stack([output["scores"], output["labels"]], dim=1)
                 found = torch.cat([output["boxes"], scores_labels], dim=1).double()
                 rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
@@ -79,14 +79,19 @@ def predict(
 
 
 def measure(
-    index: LabelIndex, detections: np.ndarray, device: torch.device
+    index: LabelIndex, detections: np.ndarray, device: torch.device, evaluator: coco.Evaluator = "auto"
 ) -> tuple[dict[str, float], coco.Result | None]:
     """COCO's twelve numbers by name on every rank, computed by rank 0, which gets the whole result too."""
-    result = coco.evaluate(index, detections) if dist.rank() == 0 else None
+    result = coco.evaluate(index, detections, evaluator) if dist.rank() == 0 else None
     numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=device)
     if result:
         numbers.copy_(torch.tensor([result.stats[name] for name in coco.METRICS], dtype=numbers.dtype))
     return dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True)), result
+
+
+def images_and_ids(examples: Sequence[Example]) -> tuple[list[torch.Tensor], list[int]]:
+    """A batch without what the detector does not need."""
+    return [image for image, _ in examples], [int(target["image_id"]) for _, target in examples]
 
 
 @contextlib.contextmanager

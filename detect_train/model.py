@@ -1,4 +1,4 @@
-"""Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid (Lin et al., 2017), from torchvision."""
+"""Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid (Lin et al., 2017), from torchvision's parts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,53 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torch.nn import functional as F
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops import FrozenBatchNorm2d
 
-from utils.images import MEAN, STD
+from detect_train.heads import RESOLUTION, BoxHeads, BoxPredictor, Detections, PyramidPool
+from detect_train.proposals import Anchors, Losses, ProposalHead, Proposals
+from detect_train.targets import Images, Targets
+from detect_train.transform import Transform
 
-# Layers, not modes: `.train()` cannot thaw a frozen one. On one rank SyncBatchNorm is BatchNorm2d.
-NORMS = {"frozen": FrozenBatchNorm2d, "sync": nn.SyncBatchNorm, "train": nn.BatchNorm2d}
-POOLED_LEVELS = ["0", "1", "2", "3"]  # strides 4 to 32; large boxes are pooled from coarse levels
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BOX_FEATURES = 1024
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's as one operation, which also leaves bf16 features bf16: theirs become float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+# Layers, not modes: `.train()` cannot thaw a frozen one. On one rank SyncBatchNorm is BatchNorm2d.
+NORMS = {"frozen": FrozenNorm, "sync": nn.SyncBatchNorm, "train": nn.BatchNorm2d}
+
+
+class Detector(GeneralizedRCNN):
+    """torchvision's Faster R-CNN by its parameters, losses and detections, with a training step for whole batches.
+
+    A step asks the device for a result twice, whatever the batch, where torchvision does tens of times an image.
+    """
+
+    def forward(self, images: Images, targets: Targets | None = None) -> Losses | Detections:
+        """The four losses in training, else each image's `boxes`, `scores` and `labels`, from the best to the worst.
+
+        Args:
+            images: (3, H, W) each, uint8 or float in [0, 1], of any sizes; boxes are in their pixels.
+        """
+        assert self.training == (targets is not None), "targets are for training, and it needs them"
+        given = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, resized = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        proposals, proposal_losses = self.rpn(batch, features, resized)
+        detections, losses = self.roi_heads(features, proposals, batch.image_sizes, resized)
+        if targets is not None:
+            return {**losses, **proposal_losses}
+        return self.transform.postprocess(detections, batch.image_sizes, given)
 
 
 def build(
@@ -38,11 +70,8 @@ def build(
     box_batch_size: int,
     score_threshold: float,
     detections_per_image: int,
-) -> FasterRCNN:
+) -> Detector:
     """A detector with random weights; nothing is downloaded. Arguments as in `config.Model`.
-
-    It takes lists of images (3, H, W), uint8 or float in [0, 1], of any sizes, and resizes and normalises
-    them itself; boxes are xyxy pixels of the image given.
 
     Args:
         num_classes: with the background, which is class 0.
@@ -50,61 +79,37 @@ def build(
     pyramid = resnet_fpn_backbone(
         backbone_name=backbone, weights=None, norm_layer=NORMS[norm], trainable_layers=trainable_layers
     )
-    anchors = Anchors(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
-    model = FasterRCNN(
-        pyramid,
-        rpn_anchor_generator=anchors,
-        rpn_head=ProposalHead(pyramid.out_channels, len(ASPECT_RATIOS)),
-        rpn_pre_nms_top_n_train=proposals_train,
-        rpn_post_nms_top_n_train=proposals_train,
-        rpn_pre_nms_top_n_test=proposals_test,
-        rpn_post_nms_top_n_test=proposals_test,
-        box_roi_pool=MultiScaleRoIAlign(POOLED_LEVELS, output_size=7, sampling_ratio=2),
-        box_predictor=BoxPredictor(BOX_FEATURES, num_classes),
-        box_batch_size_per_image=box_batch_size,
-        box_score_thresh=score_threshold,
-        box_detections_per_img=detections_per_image,
+    kept = {"training": proposals_train, "testing": proposals_test}
+    proposals = Proposals(
+        Anchors(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes)),
+        ProposalHead(pyramid.out_channels, len(ASPECT_RATIOS)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n=kept,
+        post_nms_top_n=kept,
+        nms_thresh=0.7,
     )
-    model.transform = Transform(list(min_size), max_size, list(MEAN), list(STD))
-    return model
+    predictor = BoxPredictor(BOX_FEATURES, num_classes)
+    heads = BoxHeads(
+        PyramidPool(),
+        TwoMLPHead(pyramid.out_channels * RESOLUTION**2, BOX_FEATURES),
+        predictor,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=box_batch_size,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=score_threshold,
+        nms_thresh=0.5,
+        detections_per_img=detections_per_image,
+    )
+    return Detector(pyramid, proposals, heads, Transform(tuple(min_size), max_size))
 
 
-def from_checkpoint(content: Mapping[str, Any]) -> tuple[FasterRCNN, tuple[str, ...]]:
+def from_checkpoint(content: Mapping[str, Any]) -> tuple[Detector, tuple[str, ...]]:
     """The detector and the class names (label 1 first) of a checkpoint, which needs no other file."""
     model = build(**content["architecture"])
     model.load_state_dict(content["model"])
     return model, tuple(content["classes"])
-
-
-class Transform(GeneralizedRCNNTransform):
-    """torchvision's, for uint8 images too: a quarter of the bytes between loader and device."""
-
-    def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        return super().normalize(image if image.is_floating_point() else image.float() / 255)
-
-
-# torchvision computes boxes in the type of the features. In bf16, with its 8 bits of mantissa, anchors and
-# boxes beyond pixel 256 would stand on a grid of 2 pixels, beyond 512 of 4. So geometry stays float32 here.
-
-
-class Anchors(AnchorGenerator):
-    """Anchors in float32 whatever the features are."""
-
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().set_cell_anchors(torch.float32, device)
-
-
-class ProposalHead(RPNHead):
-    """Objectness and box offsets of every anchor, in float32."""
-
-    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        objectness, offsets = super().forward(features)
-        return [level.float() for level in objectness], [level.float() for level in offsets]
-
-
-class BoxPredictor(FastRCNNPredictor):
-    """Class scores and box offsets of every proposal, in float32."""
-
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, offsets = super().forward(features)
-        return scores.float(), offsets.float()

@@ -18,12 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from detect_train.config import Config, parse
+from utils.errors import InputError, cli
+
+if __name__ == "__main__":
+    cli(parse)  # --help and a wrong configuration need no torch, whose import takes seconds
+
 import torch
 from torch import nn
 
 from detect_train import rounds
-from detect_train.config import Config, parse
-from detect_train.data import DetectionImages, Target, collate
+from detect_train.data import DetectionImages, collate
+from detect_train.targets import Batch
 from detect_train.validation import Validate
 from utils import (
     checkpoint,
@@ -43,8 +49,8 @@ from utils import (
 )
 from utils.device import resolve_precision
 from utils.engine import LossFn, Scalars, TrainState
-from utils.errors import InputError, cli
 from utils.labels import LabelIndex
+from utils.tree import Tree
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -86,8 +92,8 @@ def train(
     if cfg.model.norm == "sync" and device.type == "cpu" and dist.size() > 1:
         raise InputError("model.norm=sync: on the CPU only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
-    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives)
-    training, validation = read_labels(cfg, run_dir, root)
+    tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
+    training, validation = read_labels(cfg, run_dir, tree)
     batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
     identity: dict[str, Any] = {
         "architecture": {"num_classes": 1 + len(training.classes), **asdict(cfg.model)},
@@ -95,12 +101,14 @@ def train(
     }
     conditions = checkpoint.conditions(
         cfg,
-        data=dist.from_rank_0(lambda: squashfs.fingerprint(root)),
+        data=dist.from_rank_0(lambda: tree.fingerprint),
         device=device,
         precision=precision,
         optim=asdict(cfg.optim),
     )
     state = rounds.start(cfg, identity, saved, same_round, conditions, device)
+    if precision == "bf16":
+        state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as `Transform` gives images
     if not same_round:
         rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
 
@@ -109,8 +117,8 @@ def train(
             "detector", state=state, config=config.to_dict(cfg), conditions=conditions, **identity
         )
 
-    def files_of(epoch: int, batch: int) -> list[Path]:
-        return [training.path(index) for index in batches.indices(epoch, batch)]
+    def files_of(epoch: int, batch: int) -> list[str]:
+        return [training.shown(index) for index in batches.indices(epoch, batch)]
 
     images = loader.Seeded(DetectionImages(training, flip=True), cfg.seed)
     metrics, save = hooks.standard(run_dir, state, cfg, payload, files_of)
@@ -129,26 +137,22 @@ def train(
     return state
 
 
-def read_labels(cfg: Config, run_dir: paths.RunDir, root: Path) -> list[LabelIndex]:
+def read_labels(cfg: Config, run_dir: paths.RunDir, tree: Tree) -> list[LabelIndex]:
     """The training and the validation split, both checked before anything is trained."""
     classes = labels.read_classes(Path(cfg.data.classes)) if cfg.data.classes else None
     caches = {split: run_dir.label_index(split) for split in ("training", "validation")}
-    indexes = labels.load_splits(root, caches, classes=classes, on_error=cfg.data.on_error)
+    indexes = labels.load_splits(tree, caches, classes=classes, on_error=cfg.data.on_error)
     for index in indexes:
         if not len(index.labels):
-            raise InputError(f"{root}: no box in the {index.split} split")
+            raise InputError(f"{tree}: no box in the {index.split} split")
     return indexes
 
 
 def detection_loss(detector: nn.Module, device: torch.device) -> LossFn:
     """The detector's four losses of a batch."""
 
-    def loss_fn(batch: tuple[list[torch.Tensor], list[Target]]) -> tuple[Scalars, Scalars]:
-        images, targets = batch
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [{name: target[name].to(device) for name in ("boxes", "labels")} for target in targets]
-        losses = detector(images, targets)
-        return {name: loss.float() for name, loss in losses.items()}, {}
+    def loss_fn(batch: Batch) -> tuple[Scalars, Scalars]:
+        return detector(*batch.to(device)), {}
 
     return loss_fn
 

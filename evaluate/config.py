@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import config
-from utils.shared_config import DeviceName, OnError, Precision
+from utils.coco_names import Evaluator
+from utils.shared_config import DeviceName, OnError, Precision, Stage
 
 DEFAULT = Path(__file__).parent / "configs" / "eval.yaml"
 FLAGS = {
@@ -16,6 +17,7 @@ FLAGS = {
     "--dataset-split": "data.split",
     "--batch-size": "batch_size",
     "--workers": "workers",
+    "--evaluator": "evaluator",
     "--run-dir": "run_dir",
 }
 
@@ -23,6 +25,7 @@ FLAGS = {
 @dataclass(frozen=True, kw_only=True)
 class Data:
     labeled: str  # squashfs archive or folder of the labelled set
+    stage: Stage  # read the archive where it is, or copied whole; unpack it; mount it by squashfuse
     split: str  # folder in it: training or validation
     on_error: OnError  # unusable images and labels: list them and end, or leave them out
 
@@ -36,6 +39,7 @@ class Config:
     workers: int  # loader processes of each rank; 0: none
     device: DeviceName
     precision: Precision  # auto: bf16 where the hardware computes in it
+    evaluator: Evaluator  # who computes COCO's numbers, which are the same; auto: hotcoco where it can be imported
     collective_timeout: float  # seconds without an answer after which a rank or loader process counts as lost
 
     def problems(self) -> list[str]:
@@ -49,7 +53,7 @@ class Config:
         return found
 
 
-def parse(argv: Sequence[str] | None) -> Config:
+def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line. Raises: InputError listing every problem."""
     line = config.parser("evaluate.run", FLAGS, DEFAULT, "Evaluate a detection checkpoint by COCO's rules.")
     return config.parse(Config, line, argv)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.coco import METRICS, show
+from utils.coco_names import METRICS, show
 from utils.errors import InputError, cli
 
 TITLE = "# COCO evaluation"

@@ -22,17 +22,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluate import config, report
+from utils.errors import DivergedError, InputError, RelayError, Stopped, cli, exit_code
+
+if __name__ == "__main__":
+    cli(config.parse)  # --help and a wrong configuration need no torch, whose import takes seconds
+
 import torch
 
 from detect_train.data import DetectionImages
 from detect_train.inference import measure, predict
-from evaluate import config, detector, report
+from evaluate import detector
 from utils import coco, dist, env, files, labels, log, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
-from utils.errors import DivergedError, InputError, RelayError, Stopped, cli, exit_code
 
-PACKAGES = ("torch", "torchvision", "pycocotools")  # whose versions the report names
+PACKAGES = ("torch", "torchvision")  # whose versions the report names, besides the evaluator's
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -60,16 +65,17 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     if dist.rank() == 0:
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
+    evaluator = coco.library(cfg.evaluator)
     saved = detector.load(Path(cfg.checkpoint))
     model, classes = detector.build(cfg.checkpoint, saved)
-    root = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives)
+    tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
-    index = labels.load(root, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
+    index = labels.load(tree, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
     precision = resolve_precision(cfg.precision, device)
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # the last digits depend on it, and launchers set it by the number of ranks
-    machine = {"world_size": dist.size(), "device": describe(device), "precision": precision}
+    machine = {"world_size": dist.size(), "device": describe(device), "precision": precision, "evaluator": evaluator}
     try:
         detections = predict(
             model.to(device),
@@ -83,7 +89,7 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
         raise InputError(f"{cfg.checkpoint}: {error}: the training diverged") from None
     finally:
         torch.set_num_threads(threads)
-    stats, result = measure(index, detections, device)
+    stats, result = measure(index, detections, device, evaluator)
     if result:
         write(cfg, run_dir, saved, index, machine, result)
     return stats, saved["epochs_done"]
@@ -114,7 +120,7 @@ def write(
         "architecture": saved["architecture"],
         "batch_size": cfg.batch_size,
         **machine,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, machine["evaluator"])},
         "stats": result.stats,
         "per_class": result.per_class,
     }

@@ -10,8 +10,6 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 
-from submitit.core.utils import FailedJobError
-
 from jobs import state, submit, tagged
 from jobs.plan import Resources, Step
 from jobs.scheduler import Patience
@@ -74,6 +72,7 @@ def _complete(
 ) -> dict[str, Queued]:
     """Submit what is missing until Slurm has a job for every step that is not done. Stage -> job."""
     todo = [step for step in steps if step.action != "skip"]
+    earliest = time.monotonic()  # for the next submission
     for _ in range(ROUNDS * len(steps)):
         live = tagged.settled(chain, patience.call)
         jobs = kept(todo, live)
@@ -86,6 +85,8 @@ def _complete(
             return jobs
         if step.action == "again" and chain.run_dir(step.stage).path.exists():
             paths.set_aside(chain.run_dir(step.stage).path)
+        time.sleep(max(0.0, earliest - time.monotonic()))
+        earliest = time.monotonic() + 1 / PER_SECOND
         try:
             placed[step.stage] = _submit(chain, step, asked[step.stage], _ids(jobs, step), tokens[step.stage])
         except EnvironmentProblem as error:
@@ -120,8 +121,9 @@ def _submit(chain: Chain, step: Step, asked: Resources, after: Sequence[str], to
     """Hand one job to sbatch, after writing down that this begins; its id. Raises: EnvironmentProblem."""
     entry = {"job_id": None, "token": token, "submitted": state.now(), "log": "", "config": dict(step.config)}
     files.write_json(chain.dir.jobs, {**tagged.submitted(chain), step.stage: entry})
-    time.sleep(1 / PER_SECOND)
     made = submit.executor(chain, step.stage, asked, after, token)
+    from submitit.core.utils import FailedJobError  # as in there, not before it is needed
+
     try:
         return str(made._submit_command(submit.command(chain, step.stage, step.words)).job_id)
     except FailedJobError as error:

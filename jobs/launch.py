@@ -5,7 +5,7 @@
     python jobs/launch.py --from r2 r2.optim.lr=0.001               # train r2 and what depends on it again
     python jobs/launch.py --only eval data.split=training           # one stage again
     python jobs/launch.py --chain --name mine --dry-run             # show, change nothing
-    python jobs/launch.py --status --name mine                      # or --cancel
+    python jobs/launch.py --status --name mine                      # or --cancel; --status --all: a line a chain
 
 A word key=value goes to every selected stage that knows the key, r1.key=value to r1 alone.
 """
@@ -75,7 +75,7 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
 
 def _live(chain: Chain, steps: Sequence[Step], asked: Mapping[str, Resources], patience: Patience) -> dict[str, Queued]:
     """Stage -> its job that is there and stays. Raises: InputError for one that is in the way of a step."""
-    live = tagged.settled(chain, patience.call) if asked or tagged.is_used(chain) else []
+    live = tagged.settled(chain, patience.call) if asked or tagged.Written.read(chain).is_used else []
     blocked = {step.stage for step in steps if step.action == "again" or (step.action == "run" and not asked)}
     if names := [f"{job.stage} (job {job.id})" for job in live if job.stage in blocked]:
         raise InputError(f"queued or running: {', '.join(names)}; wait, or --cancel first")
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--from", dest="start", metavar="STAGE", help="run this stage and what depends on it, again if done")
     add("--only", "--stage", metavar="STAGE", help="run this stage, again if done")
     add("--status", action="store_true", help="show how far the chain is")
+    add("--all", action="store_true", help="with --status: a line for each chain under runs/")
     add("--cancel", action="store_true", help="cancel the chain's jobs")
     add("--dry-run", action="store_true", help="print scripts and dependencies, change nothing")
     add("--cluster", choices=("slurm", "local", "debug"), help="debug: everything inside this process")
@@ -142,11 +143,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="--sbatch=--mem=8G: an sbatch option over every stage's header; may be repeated")  # fmt: skip
     add("words", nargs="*", metavar="key=value", help="configuration, see above")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.all and not arguments.status:
+        raise InputError("--all: only with --status")
     chain = stages.load(arguments.file, arguments.name)
     if arguments.status or arguments.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     if arguments.status:
-        print(status.table(chain))
+        print(status.overview(chain) if arguments.all else status.table(chain))
     elif arguments.cancel:
         cancel(chain)
     elif arguments.chain or arguments.start or arguments.only:

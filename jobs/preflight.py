@@ -10,7 +10,6 @@ from pathlib import Path
 from jobs.plan import Step
 from jobs.stages import Chain
 from utils.errors import InputError
-from utils.images import SUFFIXES
 from utils.squashfs_reader import Reader
 
 DATA_KEYS = ("data.unlabeled", "data.labeled")
@@ -38,6 +37,8 @@ def problems(chain: Chain, step: Step, ranks: int) -> Iterator[str]:
 def _unusable(key: str, path: Path, split: str) -> Iterator[str]:
     """Why `path` is neither an archive nor a folder of images, or of labelled ones with this split."""
     if path.is_dir():
+        from utils.images import SUFFIXES  # and with it Pillow, which an archive does not need here
+
         if key == "data.unlabeled" and not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
             yield f"{key}: {path}: no image in it ({', '.join(SUFFIXES)})"
         places = [path / split / "images", path / "labeled" / split / "images"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from utils import env
@@ -20,11 +19,18 @@ TROUBLE = r"[Uu]nable to contact|timed out|Zero Bytes|Connection |endpoint|no an
 
 @dataclass(frozen=True)
 class Job:
+    """A job in Slurm's words. One that only the accounting knows has no more than the first six."""
+
+    id: str
     state: str  # PENDING, RUNNING, FAILED, ...
     reason: str  # why a pending job waits
     node: str
     elapsed: str
     name: str
+    priority: str = ""
+    dependency: str = ""  # what it still waits for
+    comment: str = ""
+    folder: str = ""  # where it was submitted
 
 
 def is_trouble(error: EnvironmentProblem) -> bool:
@@ -55,34 +61,32 @@ class Patience:
                 self.wait(error)
 
 
-def lookup(ids: Collection[str]) -> tuple[dict[str, Job], list[str]]:
-    """The jobs that Slurm knows of `ids`, and what to tell about calls that failed.
+def listed(*options: str, ask: Callable[..., str] = call) -> Iterator[Job]:
+    """This user's jobs that squeue lists: those that are queued or run, with `-t all` those that ended minutes ago too.
 
-    squeue knows jobs that live or ended minutes ago; sacct, where there is accounting, all others.
+    Raises: EnvironmentProblem if squeue does not answer.
     """
-    found: dict[str, Job] = {}
-    notes: list[str] = []
-    if not ids or not shutil.which("squeue"):
-        return found, notes
+    user = str(os.getuid())
+    for line in ask("squeue", "-h", "-u", user, *options, "-o", "%A|%T|%r|%N|%M|%j|%Q|%E|%k|%Z").splitlines():
+        if line.count("|") < 9:  # of a comment with a line break in it, which none of ours has
+            continue
+        job, state, reason, node, elapsed, name, priority, dependency, rest = line.split("|", 8)
+        comment, _, folder = rest.rpartition("|")
+        yield Job(job, state, reason, node, elapsed, name, priority, dependency, comment, folder)
+
+
+def accounted(ids: Collection[str]) -> Iterator[Job]:
+    """Those of the jobs that sacct knows, where there is accounting. Raises: EnvironmentProblem."""
+    fields = "JobIDRaw,State,ExitCode,NodeList,Elapsed,JobName"
     try:
-        _read(call("squeue", "-h", "-t", "all", "-j", ",".join(ids), "-o", "%i|%T|%r|%N|%M|%j"), found)
+        answer = call("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", fields)
     except EnvironmentProblem as error:
-        if "Invalid job id" not in str(error):  # what it says to ids of which none is known any more
-            notes.append(str(error))
-    if missing := [job for job in ids if job not in found]:
-        fields = "JobIDRaw,State,ExitCode,NodeList,Elapsed,JobName"
-        try:
-            _read(call("sacct", "-n", "-P", "-X", "-j", ",".join(missing), "-o", fields), found)
-        except EnvironmentProblem as error:
-            if "accounting storage is disabled" not in str(error):
-                notes.append(str(error))
-    return found, notes
-
-
-def _read(lines: str, found: dict[str, Job]) -> None:
-    for line in lines.splitlines():
-        job, state, reason, node, elapsed, name = line.split("|", 5)
-        found[job] = Job(state.split()[0], reason, node.strip("()"), elapsed, name)  # CANCELLED by 1000
+        if "accounting storage is disabled" not in str(error):
+            raise
+        return
+    for line in answer.splitlines():
+        job, state, *rest = line.split("|", 5)
+        yield Job(job, state.split()[0], *rest)  # CANCELLED by 1000
 
 
 def cancel(ids: Sequence[str]) -> None:

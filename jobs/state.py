@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.stages import Chain
-from utils import checkpoint_files, env, files, run_lock
+from utils import ahead, checkpoint_files, env, files, run_lock
 from utils.errors import EnvironmentProblem, InputError, Stopped, exit_code, one_line
 from utils.shared_config import MACHINE_KEYS
 
 PATIENCE = 120  # seconds; a network file system may show a new file late
 ROOM = 1 << 14  # bytes; a marker is a few thousand
+# What every marker has from the beginning; `running` writes more.
+KEYS = frozenset(("status", "job_id", "host", "restarts", "cause", "log", "started", "ended", "config", "inputs"))
 MAX_IDLE = 3  # restarts in a row of one job that came no further; evaluation saves nothing on its way
 
 
@@ -37,11 +39,17 @@ def read(chain: Chain, stage: str) -> dict[str, Any]:
 
 
 def marker(chain: Chain, stage: str) -> dict[str, Any]:
-    """The stage's marker as it was written."""
+    """The stage's marker as it was written. Raises: InputError when the file is damaged."""
+    file = chain.run_dir(stage).state
     try:
-        return json.loads(chain.run_dir(stage).state.read_text())
+        record = json.loads(file.read_text())
+        if record.keys() >= KEYS:
+            return record
     except FileNotFoundError:
         return {"status": "todo", "inputs": {}}
+    except (ValueError, AttributeError):
+        pass
+    raise InputError(f"{file} is damaged; remove it: the stage goes on from its checkpoints then")
 
 
 def is_done(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> bool:
@@ -165,7 +173,7 @@ def finish(chain: Chain, stage: str, error: BaseException, log: Path | str) -> N
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    return {"path": str(path), "sha256": files.sha256(path)}
+    return {"path": str(path), "sha256": ahead.sha256(path)}
 
 
 def now() -> str:

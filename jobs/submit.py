@@ -8,8 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import submitit
+from typing import TYPE_CHECKING
 
 from jobs import tagged
 from jobs.plan import Resources
@@ -17,6 +16,9 @@ from jobs.scheduler import Patience, is_trouble
 from jobs.stages import Chain
 from utils.errors import EnvironmentProblem, InputError
 from utils.paths import ROOT
+
+if TYPE_CHECKING:
+    import submitit
 
 OURS = {"job-name", "output", "error", "open-mode", "comment", "dependency", "hold"}  # not taken from a header
 EARLY = 60  # seconds by which Slurm may send a job's signal too early
@@ -100,6 +102,8 @@ def executor(
 
     The job is held: jobs/enqueue.py releases a chain when all of it is there.
     """
+    import submitit  # as long as all other imports of a launch together; --help and --status do without
+
     made = submitit.SlurmExecutor(chain.dir.submitted)
     given = {key.replace("-", "_"): value for key, value in asked.items() if key not in OURS}
     made.update_parameters(
@@ -134,15 +138,19 @@ def script(made: submitit.SlurmExecutor, command: str) -> str:
 
 def refusals(chain: Chain, asked: Mapping[str, Resources], patience: Patience) -> list[str]:
     """What Slurm has against the stages' jobs, in its words. Raises: EnvironmentProblem if it does not answer."""
-    stages: dict[str, list[str]] = {}
+    alike: dict[frozenset[tuple[str, str | bool]], list[str]] = {}  # the rounds usually ask for the same
     for stage, options in asked.items():
-        text = script(executor(chain, stage, options, []), command(chain, stage, []))
+        theirs = frozenset(item for item in options.items() if item[0] not in OURS)
+        alike.setdefault(theirs, []).append(stage)
+    stages: dict[str, list[str]] = {}
+    for names in alike.values():
+        text = script(executor(chain, names[0], asked[names[0]], []), command(chain, names[0], []))
         try:
             patience.call("sbatch", "--test-only", text=text)
         except EnvironmentProblem as error:
             if is_trouble(error):
                 raise
-            stages.setdefault(str(error), []).append(stage)
+            stages.setdefault(str(error), []).extend(names)
     settings = patience.call("scontrol", "show", "config")
     match = re.search(r"^MaxJobCount\s*=\s*(\d+)", settings, re.MULTILINE)
     present = len(patience.call("squeue", "-h", "-r", "-o", "%A").splitlines())

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jobs import state
-from jobs.scheduler import Job, lookup
+from jobs import scheduler, state
+from jobs.scheduler import Job
 from jobs.stages import Chain
 from utils.errors import EnvironmentProblem, InputError
 from utils.paths import ROOT
-from utils.slurm import call
+from utils.slurm import FINAL, call
 
 ENDING = 90  # seconds; Slurm gives a job half a minute (KillWait) to end, unless the site says more
 TAG = re.compile(r"relay:([^:]+):([^:]+)(?::([0-9a-f]+))?(:hold)?")
 
 
 def submitted(chain: Chain) -> dict[str, dict[str, Any]]:
-    """What the launcher wrote down: stage -> job_id (None until sbatch has given it), token, submitted, log, config."""
+    """What the launcher wrote down: stage -> job_id (None until sbatch has given it), token, submitted, log, config.
+
+    Raises: InputError when the file is damaged.
+    """
     try:
-        return json.loads(chain.dir.jobs.read_text())
+        entries = json.loads(chain.dir.jobs.read_text())
+        if all(entry.keys() >= {"job_id", "token", "submitted", "log", "config"} for entry in entries.values()):
+            return entries
     except FileNotFoundError:
         return {}
+    except (ValueError, AttributeError):
+        pass
+    raise InputError(f"{chain.dir.jobs} is damaged; cancel the chain's jobs by scancel, and remove it")
 
 
 def job_name(chain: Chain, stage: str) -> str:
@@ -60,9 +67,22 @@ class Queued:
         return not self.pending or set(jobs) <= set(re.findall(r"\d+", self.dependency))
 
 
-def is_used(chain: Chain) -> bool:
-    """Whether anything of the chain has been a Slurm job, as far as its own files know."""
-    return bool(submitted(chain)) or any(state.read(chain, stage).get("slurm") for stage in chain.stages)
+class Written(NamedTuple):
+    """What a chain's own files say."""
+
+    chain: Chain
+    records: Mapping[str, Mapping[str, Any]]  # stage -> its marker
+    submitted: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, chain: Chain) -> Written:
+        """Raises: InputError when one of the files is damaged."""
+        return cls(chain, {stage: state.read(chain, stage) for stage in chain.stages}, submitted(chain))
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything of the chain has been a Slurm job, as far as these files know."""
+        return bool(self.submitted) or any(record.get("slurm") for record in self.records.values())
 
 
 def queued(chain: Chain, ask: Callable[..., str] = call) -> list[Queued]:
@@ -71,25 +91,25 @@ def queued(chain: Chain, ask: Callable[..., str] = call) -> list[Queued]:
     Those with the chain's tag that were submitted in this checkout, and those that have marked a stage as running.
     Raises: EnvironmentProblem if squeue does not answer.
     """
-    if not shutil.which("squeue"):
-        return []
+    return _own(Written.read(chain), scheduler.listed(ask=ask)) if shutil.which("squeue") else []
+
+
+def _own(written: Written, jobs: Iterable[Job]) -> list[Queued]:
+    """Those of the jobs that are the chain's."""
+    chain = written.chain
     running = {}
-    for stage in chain.stages:
-        record = state.read(chain, stage)
+    for stage, record in written.records.items():
         if record.get("slurm") and (not record["ended"] or record["status"] == "preempted"):
             running[record["job_id"]] = stage
     found = []
-    for line in ask("squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%T|%Q|%r|%E|%k|%Z").splitlines():
-        if line.count("|") < 6:  # of a comment with a line break in it, which none of ours has
-            continue
-        job, now, priority, reason, dependency, rest = line.split("|", 5)
-        comment, _, folder = rest.rpartition("|")
-        name, stage, token, hold = chain.name, running.get(job, ""), "", ""
-        if (match := TAG.fullmatch(comment)) and Path(folder).resolve() == ROOT:
+    for job in jobs:
+        name, stage, token, hold = chain.name, running.get(job.id, ""), "", ""
+        if (match := TAG.fullmatch(job.comment)) and Path(job.folder).resolve() == ROOT:
             name, stage, token, hold = match.groups("")
         if name == chain.name and stage in chain.stages:
-            held = priority == "0" and reason != "JobHeldAdmin" and bool(token) and not hold
-            found.append(Queued(stage, job, token, now == "PENDING", now == "COMPLETING", held, dependency))
+            held = job.priority == "0" and job.reason != "JobHeldAdmin" and bool(token) and not hold
+            now = job.state == "PENDING", job.state == "COMPLETING"
+            found.append(Queued(stage, job.id, token, *now, held, job.dependency))
     return sorted(found, key=lambda item: int(item.id))
 
 
@@ -114,33 +134,59 @@ def configuration(chain: Chain, job: Queued) -> Mapping[str, Any] | None:
     return record.get("config") if record.get("job_id") == job.id else None
 
 
-def find(chain: Chain, records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, Job], list[str]]:
-    """(stage -> id of its newest job, stage -> what Slurm knows of it, calls that failed).
+class Jobs(NamedTuple):
+    """The newest job of each stage of a chain, and what Slurm knows of it."""
 
-    The newest job is one that is queued or runs, else the launcher's last one, or that of a plain sbatch
-    which began since.
+    ids: dict[str, str]
+    known: dict[str, Job]
+
+
+def find(chains: Sequence[Written]) -> tuple[list[Jobs], list[str]]:
+    """The jobs of each chain, and what to tell about calls that failed.
+
+    squeue is asked once for all of them; sacct too, for the jobs that slurmctld has forgotten.
     """
-    entries = submitted(chain)
-    ids: dict[str, str] = {}
-    for stage, record in records.items():
-        entry = entries.get(stage, {"job_id": None})
+    listed: dict[str, Job] = {}
+    notes: list[str] = []
+    has_slurm = shutil.which("squeue") is not None
+    try:
+        listed = {job.id: job for job in scheduler.listed("-t", "all")} if has_slurm else {}
+    except EnvironmentProblem as error:
+        # else there is a squeue, but perhaps no Slurm
+        notes += [str(error)] if any(chain.is_used for chain in chains) else []
+    living = [job for job in listed.values() if job.state not in FINAL]
+    alive = [{job.stage: job.id for job in _own(chain, living)} for chain in chains]
+    ids = [_last(chain) | now for chain, now in zip(chains, alive, strict=True)]
+    ended = {job for jobs in ids for job in jobs.values()} - listed.keys()
+    try:
+        listed |= {job.id: job for job in scheduler.accounted(sorted(ended))} if ended and has_slurm else {}
+    except EnvironmentProblem as error:
+        notes.append(str(error))
+    found = [
+        Jobs(jobs, {stage: listed[job] for stage, job in jobs.items() if _is_it(chain, stage, listed.get(job), now)})
+        for chain, jobs, now in zip(chains, ids, alive, strict=True)
+    ]
+    return found, list(dict.fromkeys(notes))
+
+
+def _last(written: Written) -> dict[str, str]:
+    """Stage -> the launcher's last job, or that of a plain sbatch which began since."""
+    ids = {}
+    for stage, record in written.records.items():
+        entry = written.submitted.get(stage, {"job_id": None})
         if entry["job_id"] and entry["submitted"] >= record.get("started", ""):
             ids[stage] = entry["job_id"]
         elif record.get("slurm"):
             ids[stage] = record["job_id"]
-    alive: dict[str, str] = {}
-    problems: list[str] = []
-    try:
-        alive = {job.stage: job.id for job in queued(chain)}
-    except EnvironmentProblem as error:
-        problems += [str(error)] if is_used(chain) else []  # else there is a squeue, but perhaps no Slurm
-    ids |= alive
-    jobs, notes = lookup(ids.values())
-    found = {
-        stage: jobs[job]
-        for stage, job in ids.items()
-        # a controller that lost its state gives ids again: one that never began must also have our name
-        if job in jobs
-        and (job in (alive.get(stage), records[stage].get("job_id")) or jobs[job].name == job_name(chain, stage))
-    }
-    return ids, found, list(dict.fromkeys(problems + notes))
+    return ids
+
+
+def _is_it(written: Written, stage: str, job: Job | None, alive: Mapping[str, str]) -> bool:
+    """Whether the job of the stage's id is the stage's: a controller that lost its state gives ids again.
+
+    One that never began must also have our name.
+    """
+    if job is None:
+        return False
+    ours = alive.get(stage), written.records[stage].get("job_id")
+    return job.id in ours or job.name == job_name(written.chain, stage)

@@ -17,11 +17,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs import stages, state
 from jobs.stages import Chain
-from utils import env, log, paths, run_lock
+from utils import ahead, checkpoint_files, env, log, paths, run_lock, startup
 from utils.errors import InputError, Stopped, cli
 from utils.paths import CHAIN_FILE, RunDir
 
@@ -46,7 +46,7 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
         )
     with _alone(run_dir, rank):
         try:
-            inputs = _inputs(chain, stage, resolved)
+            sources = _sources(chain, stage, resolved)
         except InputError as error:
             if rank == 0:
                 state.running(chain, stage, resolved, log_file)
@@ -54,10 +54,16 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             raise
         try:
             if rank == 0:
-                state.running(chain, stage, resolved, log_file, inputs)
+                state.running(chain, stage, resolved, log_file)
             state.wait_until_running(chain, stage)
+            ahead.begin(_to_hash(run_dir, resolved, sources, rank))
+            program = importlib.import_module(chain.stages[stage].module)  # seconds, for torch
+            startup.done("imports")
+            inputs = _inputs(sources)
+            startup.done("inputs")
+            if rank == 0:
+                state.update(chain, stage, inputs=inputs)
             files = {key: source["path"] for key, source in inputs.items() if source["from"]}
-            program = importlib.import_module(chain.stages[stage].module)
             result = program.main(chain.argv(stage, words, files))
             if rank == 0:
                 state.done(chain, stage, result)
@@ -82,33 +88,54 @@ def _alone(run_dir: RunDir, rank: int) -> Iterator[None]:
         yield
 
 
-def _inputs(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The stage's inputs: config key -> path, sha256, and the `stage.output` it is `from`, if it is.
+class Source(NamedTuple):
+    """Where an input comes from."""
 
-    Raises: InputError when a parent is not done, or an input is not the file the parent left.
-    """
-    found: dict[str, dict[str, Any]] = {}
+    output: str | None  # `stage.output`; None if it was given by hand
+    path: Path | None
+    sha256: str | None  # of what the parent left
+
+
+def _sources(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> dict[str, Source]:
+    """Config key -> where that input of the stage is. Raises: InputError when it is missing or a parent is not done."""
+    found: dict[str, Source] = {}
     needed = chain.needs(stage, resolved)
     for key, source in chain.stages[stage].inputs.items():
         if (given := resolved[key]) != source:  # by hand; null is a choice too
-            found[key] = {"from": None, **_checked(key, given)} if given else {"from": None, "path": None}
+            found[key] = Source(None, _existing(key, given) if given else None, None)
             continue
         parent, _, output = source.partition(".")
         record = state.read(chain, parent)
         if record["status"] == "done":
-            found[key] = {"from": source, **_checked(f"{source}", record["outputs"][output]["path"])}
-            if found[key]["sha256"] != record["outputs"][output]["sha256"]:
-                path = found[key]["path"]
-                raise InputError(f"{path} is not the file that {parent} left (its sha256 differs); run {parent} again")
+            left = record["outputs"][output]
+            found[key] = Source(source, _existing(source, left["path"]), left["sha256"])
         elif parent in needed:
             raise InputError(f"parent {parent} is {_describe(record)}")
     return found
 
 
-def _checked(what: str, path: str) -> dict[str, str]:
+def _existing(what: str, path: str) -> Path:
     if not Path(path).is_file():
         raise InputError(f"{what}: {path}: no such file")
-    return state.fingerprint(Path(path))
+    return Path(path)
+
+
+def _to_hash(run_dir: RunDir, resolved: Mapping[str, Any], sources: Mapping[str, Source], rank: int) -> list[Path]:
+    """The files whose hashes will be asked for: of the inputs, and of the checkpoint to go on from."""
+    paths = [source.path for source in sources.values() if source.path]
+    own = checkpoint_files.newest(run_dir.checkpoints) if rank == 0 and resolved.get("resume") == "auto" else None
+    return [*paths, own] if own else paths
+
+
+def _inputs(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """The marker's entry on each input. Raises: InputError when one is not the file that its parent left."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, (output, path, sha256) in sources.items():
+        found[key] = {"from": output, **(state.fingerprint(path) if path else {"path": None})}
+        if output and found[key]["sha256"] != sha256:
+            parent = output.partition(".")[0]
+            raise InputError(f"{path} is not the file that {parent} left (its sha256 differs); run {parent} again")
+    return found
 
 
 def _describe(record: Mapping[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from utils import config
-from utils.shared_config import ResNet, Sgd, Training
+from utils.shared_config import ResNet, Sgd, Stage, Training
 
 DEFAULT = Path(__file__).parent / "configs" / "mocov2_r50.yaml"
 FLAGS = {
@@ -24,6 +25,8 @@ FLAGS = {
 @dataclass(frozen=True, kw_only=True)
 class Data:
     unlabeled: str  # squashfs archive or folder of PNG and JPEG images, at any depth
+    stage: Stage  # read the archive where it is, or copied whole; unpack it; mount it by squashfuse
+    cache: str | None = None  # folder for the images' pixels, decoded once, 150 KB each at 224x224; null: decode anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,12 @@ class Model:
     queue: int  # keys to contrast with, K; at least a batch, or its keys overwrite each other
     momentum: float  # of the key encoder, m
     temperature: float  # of the softmax, T
+    bn_groups: int  # BatchNorm statistics of so many parts of each rank's batch, as if each were a GPU's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
+    backend: Literal["opencv", "device", "pil"]  # loader processes by OpenCV; the device; by Pillow, as published
     image_size: int  # side of a crop, pixels
     crop_scale: tuple[float, ...]  # least and greatest share of the image's area in a crop
     jitter: tuple[float, ...]  # strength of brightness, contrast, saturation and hue
@@ -81,12 +86,16 @@ class Config(Training):
             (model.queue >= self.batch_size, f"model.queue={model.queue}: at least batch_size={self.batch_size}"),
             (0 <= model.momentum < 1, f"model.momentum={model.momentum}: from 0 to below 1"),
             (model.temperature > 0, f"model.temperature={model.temperature}: above 0"),
+            (
+                model.bn_groups >= 1 and self.batch_size % model.bn_groups == 0,
+                f"model.bn_groups={model.bn_groups}: at least 1, and batch_size={self.batch_size} a multiple of it",
+            ),
         ]
         found = [message for holds, message in rules if not holds]
         return self.training_problems() + found + self.optim.problems() + self.augment.problems()
 
 
-def parse(argv: Sequence[str] | None) -> Config:
+def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line. Raises: InputError listing every problem."""
     line = config.parser("ssl_train.train", FLAGS, DEFAULT, "Pretrain a ResNet with MoCo-v2, without labels.")
     return config.parse(Config, line, argv)

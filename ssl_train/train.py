@@ -15,14 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ssl_train.config import Config, parse
+from utils.errors import cli
+
+if __name__ == "__main__":
+    cli(parse)  # --help and a wrong configuration need no torch, whose import takes seconds
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ssl_train.config import Config, parse
-from ssl_train.data import UnlabeledImages, random_view
+from ssl_train.batches import ShuffledBatches
+from ssl_train.data import Batch, Views, to_device
 from ssl_train.export import export
-from ssl_train.model import MoCo, accuracy
+from ssl_train.model import accuracy
+from ssl_train.start import architecture, start
 from utils import (
     checkpoint,
     checkpoint_files,
@@ -32,6 +39,7 @@ from utils import (
     env,
     files,
     hooks,
+    image_cache,
     loader,
     optim,
     paths,
@@ -40,7 +48,6 @@ from utils import (
 )
 from utils.device import resolve_precision
 from utils.engine import LossFn, Scalars, TrainState
-from utils.errors import InputError, cli
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,15 +88,20 @@ def train(
 ) -> TrainState:
     """Train to the last epoch, from `saved` or from random weights."""
     precision = resolve_precision(cfg.precision, device)
-    archive = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives)
-    images = UnlabeledImages(archive, random_view(**asdict(cfg.augment)))
-    batches = loader.GlobalBatches(len(images), cfg.batch_size, cfg.seed)
+    tree = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
+    images = image_cache.of(tree, cfg.data.cache, cfg.workers)
+    views = Views(images, seed=cfg.seed, **asdict(cfg.augment))
+    batches = ShuffledBatches(len(images), cfg.batch_size, cfg.seed, cfg.model.bn_groups)
     conditions = checkpoint.conditions(
         cfg,
-        data=dist.from_rank_0(lambda: squashfs.fingerprint(archive)),
+        data=dist.from_rank_0(lambda: tree.fingerprint),
         device=device,
         precision=precision,
-        **{"optim": asdict(cfg.optim), "augment": asdict(cfg.augment), "epochs": cfg.epochs},
+        optim=asdict(cfg.optim),
+        augment=asdict(cfg.augment),
+        epochs=cfg.epochs,
+        bn_groups=cfg.model.bn_groups,
+        device_crops=cfg.augment.backend == "device" and cfg.data.cache is not None,
     )
     state = start(cfg, device, saved, same_round, conditions)
 
@@ -97,17 +109,17 @@ def train(
         return checkpoint.payload(
             "moco",
             state=state,
-            architecture=asdict(cfg.model),
+            architecture=architecture(cfg),
             config=config.to_dict(cfg),
             conditions=conditions,
         )
 
-    def files_of(epoch: int, batch: int) -> list[Path]:
-        return [images.files[index] for index in batches.indices(epoch, batch)]
+    def files_of(epoch: int, batch: int) -> list[str]:
+        return [images.shown(index) for index in batches.indices(epoch, batch)]
 
     engine.fit(
         state,
-        loader.make(loader.Seeded(images, cfg.seed), batches, workers=cfg.workers, device=device),
+        loader.make(views, batches, workers=cfg.workers, device=device, collate=loader.whole),
         contrastive_loss(dist.parallel(state.model, device), device),
         hooks.standard(run_dir, state, cfg, payload, files_of),
         epochs=cfg.epochs,
@@ -119,38 +131,12 @@ def train(
     return state
 
 
-def start(
-    cfg: Config,
-    device: torch.device,
-    saved: Mapping[str, Any] | None,
-    same_round: bool,
-    conditions: Mapping[str, Any],
-) -> TrainState:
-    """The model and its optimizer, new or as `saved` left them. Raises: InputError when that is of another model."""
-    torch.manual_seed(cfg.seed)  # the same first weights and queue on every rank
-    model = MoCo(**asdict(cfg.model)).to(device)
-    state = TrainState(model, optim.sgd(model, **asdict(cfg.optim)))
-    if saved:
-        if saved["architecture"] != asdict(cfg.model):
-            raise InputError(f"the checkpoint's model is {saved['architecture']}, this run's {asdict(cfg.model)}")
-        if saved["epochs_done"] >= cfg.epochs:
-            raise InputError(f"epochs={cfg.epochs}: the checkpoint's {saved['epochs_done']} count too; give more")
-        resume.restore(
-            state,
-            saved,
-            same_round=same_round,
-            conditions=conditions,
-            allow_world_change=cfg.allow_world_change,
-        )
-    return state
-
-
 def contrastive_loss(moco: nn.Module, device: torch.device) -> LossFn:
-    """InfoNCE of a batch of (query views, key views), with the (K + 1)-way accuracy in percent."""
+    """InfoNCE of a batch of views, with the (K + 1)-way accuracy in percent."""
 
-    def loss_fn(batch: Sequence[torch.Tensor]) -> tuple[Scalars, Scalars]:
-        query_images, key_images = (views.to(device, non_blocking=True) for views in batch)
-        logits, labels = moco(query_images, key_images)
+    def loss_fn(batch: Batch) -> tuple[Scalars, Scalars]:
+        query_images, key_images = to_device(batch, device)
+        logits, labels = moco(query_images, key_images, batch.order.to(device, non_blocking=True))
         return {"loss": F.cross_entropy(logits, labels)}, accuracy(logits)
 
     return loss_fn

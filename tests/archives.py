@@ -14,6 +14,7 @@ import pytest
 from utils import squashfs
 from utils.paths import ROOT
 from utils.squashfs_reader import Reader
+from utils.tree import Tree
 
 NEEDS_TOOLS = pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
 LISTABLE = ("-noI", "-noF", "-noD")  # metadata and data as they are, so that a test can patch them
@@ -41,6 +42,32 @@ def make_sample(folder: Path) -> Path:
     (folder / "labeled" / "sibling").symlink_to("a name with spaces")
     (folder / "noise").chmod(0o600)
     (folder / "labeled" / "a name with spaces").chmod(0o555)
+    return folder
+
+
+def make_lengths(folder: Path, block: int) -> Path:
+    """A folder with files of every length that blocks of this size make special, and every way to store them."""
+    random = Random(block)
+    lengths = (0, 1, 2, block // 2, block - 1, block, block + 1, 2 * block, 3 * block + 17)
+    for kind in ("noise", "text", "mixed"):
+        (folder / kind).mkdir(parents=True)
+        for length in lengths:
+            noise, text = random.randbytes(length), b"0123456789abcdef" * (length // 16 + 1)
+            half = length // 2 // block * block
+            content = {"noise": noise, "text": text[:length], "mixed": noise[:half] + text[: length - half]}[kind]
+            (folder / kind / f"{length}.bin").write_bytes(content)
+    for name, places in {"all": [], "first": [3 * block], "middle": [0, 2 * block], "last": [0]}.items():
+        with open(folder / f"holes {name}", "wb") as file:
+            file.truncate(3 * block + 5)
+            for place in places:
+                file.seek(place)
+                file.write(b"x")
+    os.link(folder / "noise" / f"{3 * block + 17}.bin", folder / "hard link")
+    os.link(folder / "text" / "1.bin", folder / "small hard link")
+    (folder / "copy").write_bytes((folder / "noise" / f"{block + 1}.bin").read_bytes())
+    (folder / "link").symlink_to("hard link")
+    for path in folder.rglob("*"):
+        os.utime(path, (1_600_000_000 + random.randrange(10**8),) * 2, follow_symlinks=False)
     return folder
 
 
@@ -76,6 +103,11 @@ def read_all(archive: Path) -> dict[str, tuple[object, ...]]:
             else:
                 found[entry.path] = (entry.kind, entry.target) if entry.target else (entry.kind,)
     return found
+
+
+def read_one(tree: Tree, number: int) -> bytes:
+    """For a process of a pool, which imports this module and no torch."""
+    return tree.read(number)
 
 
 def assert_nothing_left(folder: Path) -> None:

@@ -9,6 +9,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests.archives import pack
+from utils.archive import Archive
+from utils.files import sha256
+
 COLOURS = {"cat": (230, 40, 40), "dog": (40, 90, 230)}
 
 
@@ -39,3 +43,9 @@ def write_set(root: Path, training: int = 8, validation: int = 3) -> Path:
             empty = number == 1
             write_example(root / split, number, [] if empty else boxes, [] if empty else ["cat", "dog"])
     return root
+
+
+def archived(root: Path, to: Path) -> Archive:
+    """The files below `root` as an archive that is read in place."""
+    archive = pack(root, to / "set.sqsh")
+    return Archive(archive, sha256(archive), to / "archive.npz")

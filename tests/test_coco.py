@@ -1,4 +1,4 @@
-"""COCO's numbers are pycocotools' own, and input that pycocotools would misread is refused."""
+"""COCO's numbers are pycocotools' own with either evaluator, and input that pycocotools would misread is refused."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from pycocotools.cocoeval import COCOeval
 from utils import coco
 from utils.errors import InputError
 from utils.labels import LabelIndex
+from utils.tree import Folder
 
 CLASSES = ("cat", "dog", "eel", "fox")
+both = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 
 
 def make_index(counts: list[int], boxes: np.ndarray, labels: list[int]) -> LabelIndex:
     ids = np.arange(30001, 30001 + len(counts), dtype=np.int64)
     return LabelIndex(
-        root=Path("data"),
+        tree=Folder(Path(__file__).parent),
         split="validation",
         classes=CLASSES,
         ids=ids,
-        files=tuple(f"images/{i}.JPEG" for i in ids),
+        numbers=np.arange(len(ids), dtype=np.int64),
         sizes=np.full((len(ids), 2), 640, dtype=np.int64),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
@@ -82,11 +84,15 @@ def plain_pycocotools(index: LabelIndex, rows: np.ndarray) -> tuple[list[float],
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_numbers_and_lines_are_those_of_pycocotools(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+@both
+def test_numbers_and_lines_are_those_of_pycocotools(
+    evaluator: coco.Evaluator, seed: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     index, rows = random_case(seed)
     stats, printed = plain_pycocotools(index, rows)
-    result = coco.evaluate(index, rows)
-    assert capsys.readouterr().out == ""
+    capfd.readouterr()
+    result = coco.evaluate(index, rows, evaluator)
+    assert capfd.readouterr() == ("", "")
     assert list(result.stats) == list(coco.METRICS)
     assert list(result.stats.values()) == stats  # bit for bit
     assert result.table + "\n" == printed
@@ -94,14 +100,15 @@ def test_numbers_and_lines_are_those_of_pycocotools(seed: int, capsys: pytest.Ca
     assert 0 < result.stats["AP"] < 1
 
 
-def test_ap_per_class_is_the_ap_of_that_class_alone() -> None:
+@both
+def test_ap_per_class_is_the_ap_of_that_class_alone(evaluator: coco.Evaluator) -> None:
     index, rows = random_case(0)
-    per_class = coco.evaluate(index, rows).per_class
+    per_class = coco.evaluate(index, rows, evaluator).per_class
     assert list(per_class) == list(CLASSES)
     assert per_class["fox"] == -1  # detected, but nowhere in the ground truth
     measured = [value for value in per_class.values() if value != -1]
-    assert np.mean(measured) == pytest.approx(coco.evaluate(index, rows).stats["AP"], abs=1e-12)
-    dogs = coco.evaluate(index, rows[rows[:, 6] == 2]).per_class
+    assert np.mean(measured) == pytest.approx(coco.evaluate(index, rows, evaluator).stats["AP"], abs=1e-12)
+    dogs = coco.evaluate(index, rows[rows[:, 6] == 2], evaluator).per_class
     assert dogs == {"cat": 0.0, "dog": per_class["dog"], "eel": 0.0, "fox": -1.0}
 
 
@@ -110,18 +117,22 @@ def truth_as_detections(index: LabelIndex) -> np.ndarray:
     return np.column_stack([images, index.boxes, np.linspace(1, 0.5, len(images)), index.labels])
 
 
-def test_perfect_detections_score_one_and_none_score_zero() -> None:
+@both
+def test_perfect_detections_score_one_and_none_score_zero(evaluator: coco.Evaluator) -> None:
     boxes = np.array([[0, 0, 20, 20], [0, 0, 60, 60], [50, 50, 200, 200.0]])
     index = make_index([1, 0, 2], boxes, [1, 2, 3])
-    perfect = coco.evaluate(index, truth_as_detections(index)).stats
+    perfect = coco.evaluate(index, truth_as_detections(index), evaluator).stats
     assert perfect == pytest.approx(dict.fromkeys(coco.METRICS, 1.0), abs=1e-12)
-    assert set(coco.evaluate(index, np.zeros((0, 7))).stats.values()) == {0.0}
+    assert set(coco.evaluate(index, np.zeros((0, 7)), evaluator).stats.values()) == {0.0}
 
 
-def test_without_ground_truth_of_a_size_the_number_is_minus_one_even_without_detections() -> None:
+@both
+def test_without_ground_truth_of_a_size_the_number_is_minus_one_even_without_detections(
+    evaluator: coco.Evaluator,
+) -> None:
     index = make_index([1], np.array([[0, 0, 20, 20.0]]), [1])
     for rows in (np.zeros((0, 7)), truth_as_detections(index)):
-        result = coco.evaluate(index, rows)
+        result = coco.evaluate(index, rows, evaluator)
         assert {name for name, value in result.stats.items() if value == -1} == {"APm", "APl", "ARm", "ARl"}
         assert [name for name, value in result.per_class.items() if value == -1] == ["dog", "eel", "fox"]
     assert coco.show(-1.0) == "n/a"
@@ -134,7 +145,8 @@ def test_without_ground_truth_of_a_size_the_number_is_minus_one_even_without_det
         (1, np.nan, r"image_id 30001, x1 nan.*score 0\.75.*class dog.*not finite"),
         (3, np.inf, "x2 inf.*not finite"),
         (5, np.nan, "score nan.*not finite"),
-        (0, 7, "image_id 7,.*no such image id in data/validation"),
+        (0, 7, "image_id 7,.*no such image id in .*tests/validation"),
+        (0, 30002, "image_id 30002,.*no such image id"),
         (6, 0, "label 0: no such label; known: 1..4"),
         (6, 5, "label 5: no such label"),
         (6, 1.5, "label 1.5: no such label"),

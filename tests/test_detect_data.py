@@ -7,25 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from detect_train.data import DetectionImages, mirror
-from tests.labeled_set import COLOURS, write_example, write_set
+from tests.archives import NEEDS_TOOLS
+from tests.labeled_set import COLOURS, archived, write_example, write_set
 from utils import images, labels
 from utils.labels import LabelIndex
 from utils.loader import Seeded
+from utils.tree import Folder
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> LabelIndex:
-    write_set(tmp_path)
-    return labels.load(tmp_path, "training", classes=None, on_error="error", cache=tmp_path / "cache.npz")
+    root = write_set(tmp_path / "set")
+    return labels.load(Folder(root), "training", classes=None, on_error="error", cache=tmp_path / "cache.index")
 
 
 def test_targets_count_from_1_and_carry_the_ids(index: LabelIndex) -> None:
     dataset = DetectionImages(index, flip=False)
     image, target = dataset[3]
     assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 48, 64))
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(images.load(index.path(3))))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(images.decode(index.read(3), "3")))
     assert target["image_id"] == 4 and target["labels"].tolist() == [1, 2]
     assert target["boxes"].dtype == torch.float32 and target["boxes"].tolist() == index.target(3)[0].tolist()
     assert target["labels"].dtype == torch.int64
@@ -35,6 +38,20 @@ def test_an_image_without_boxes(index: LabelIndex) -> None:
     for flip in (False, True):
         _, target = DetectionImages(index, flip=flip)[0]
         assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+
+
+@NEEDS_TOOLS
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_an_archive_as_one_process_reads_the_folder(start: str, index: LabelIndex, tmp_path: Path) -> None:
+    tree = archived(tmp_path / "set", tmp_path)
+    of_archive = labels.load(tree, "training", classes=None, on_error="error", cache=tmp_path / "archive.index")
+    here = [DetectionImages(index, flip=False)[i] for i in range(8)]
+    of_archive.read(0)  # what is open in this process is no use in a worker
+    data = DetectionImages(of_archive, flip=False)
+    workers = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=start)
+    for (image, target), (expected, wanted) in zip(workers, here, strict=True):
+        assert torch.equal(image, expected) and torch.equal(target["boxes"], wanted["boxes"])
+        assert torch.equal(target["labels"], wanted["labels"]) and target["image_id"] == wanted["image_id"]
 
 
 def test_mirror_by_hand() -> None:
@@ -47,7 +64,7 @@ def test_mirror_by_hand() -> None:
 
 def test_boxes_stay_on_their_objects_when_mirrored(tmp_path: Path) -> None:
     write_example(tmp_path / "training", 1, [[4, 6, 20, 30], [40, 10, 60, 44]], ["cat", "dog"])
-    index = labels.load(tmp_path, "training", classes=None, on_error="error", cache=tmp_path / "cache.npz")
+    index = labels.load(Folder(tmp_path), "training", classes=None, on_error="error", cache=tmp_path / "cache.index")
     flipping = Seeded(DetectionImages(index, flip=True), 0)
     lefts = set()
     for epoch in range(20):

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection import FasterRCNN
 
 from detect_train.backbone import load_backbone
-from detect_train.model import build, from_checkpoint
+from detect_train.heads import sort_by_level
+from detect_train.model import Detector, build, from_checkpoint
+from detect_train.targets import pad
 from utils import checkpoint
 from utils.engine import TrainState
 from utils.errors import InputError
@@ -25,7 +26,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small(**changes: Any) -> FasterRCNN:
+def small(**changes: Any) -> Detector:
     torch.manual_seed(0)
     return build(**{**SMALL, **changes})
 
@@ -41,8 +42,8 @@ def target(*boxes: list[float]) -> dict[str, torch.Tensor]:
     }
 
 
-def train_once(model: FasterRCNN) -> dict[str, torch.Tensor]:
-    losses = model.train()([picture(), picture(48, 80)], [target([4, 4, 40, 40], [8, 8, 60, 30]), target()])
+def train_once(model: Detector) -> dict[str, torch.Tensor]:
+    losses = model.train()([picture(), picture(48, 80)], pad([target([4, 4, 40, 40], [8, 8, 60, 30]), target()]))
     sum(losses.values()).backward()
     return losses
 
@@ -74,14 +75,14 @@ def test_boxes_are_pooled_from_the_level_of_their_size() -> None:
         (name, torch.full((1, 256, 512 // stride, 512 // stride), float(number)))
         for number, (name, stride) in enumerate({"0": 4, "1": 8, "2": 16, "3": 32, "pool": 64}.items())
     )
-    boxes = torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in (30, 120, 230, 460)])
-    pooled = model.roi_heads.box_roi_pool(levels, [boxes], [(512, 512)])
+    boxes = torch.tensor([[[10.0, 10, 10 + side, 10 + side] for side in (30, 120, 230, 460)]])
+    pooled = model.roi_heads.box_roi_pool(levels, boxes, sort_by_level(boxes, torch.ones(1, 4, dtype=torch.bool)))
     assert pooled.shape == (4, 256, 7, 7)
     assert pooled.mean(dim=(1, 2, 3)).tolist() == [0, 1, 2, 3]
 
 
 def test_an_image_without_boxes_is_a_negative() -> None:
-    losses = small().train()([picture()], [target()])
+    losses = small().train()([picture()], pad([target()]))
     assert {name: bool(loss.isfinite()) for name, loss in losses.items()} == {
         "loss_classifier": True, "loss_box_reg": True, "loss_objectness": True, "loss_rpn_box_reg": True,
     }  # fmt: skip
@@ -110,8 +111,8 @@ def test_geometry_is_float32_under_bf16_autocast() -> None:
     image = picture(320, 320)
     anchors: list[torch.Tensor] = []
     proposals: list[torch.Tensor] = []
-    model.rpn.anchor_generator.register_forward_hook(lambda _, given, out: anchors.append(out[0]))
-    model.rpn.register_forward_hook(lambda _, given, out: proposals.append(out[0][0]))
+    model.rpn.anchor_generator.register_forward_hook(lambda _, given, out: anchors.append(out))
+    model.rpn.register_forward_hook(lambda _, given, out: proposals.append(out[0].boxes[0]))
     model([image])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = model([image])[0]

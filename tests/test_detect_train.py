@@ -104,7 +104,7 @@ def test_a_round_leaves_checkpoints_metrics_and_labels(r1: tuple[Path, dict[str,
     saved = last_of(result)
     assert saved["kind"] == "detector" and saved["classes"] == ["cat", "dog"] and saved["step"] == 4
     assert saved["architecture"]["num_classes"] == 3 and saved["architecture"]["norm"] == "train"
-    assert {path.name for path in (run.parent / "labels").glob("*.npz")} == {"training.npz", "validation.npz"}
+    assert {path.name for path in (run.parent / "labels").glob("*.index")} == {"training.index", "validation.index"}
 
 
 def test_the_line_of_an_epoch(r1: tuple[Path, dict[str, Any]], printed: io.StringIO) -> None:

@@ -22,6 +22,8 @@ from utils.paths import RunDir
 with dist.session("cpu", RunDir(Path(sys.argv[1])), timeout=60):
     mine = torch.arange(dist.rank() + 1.0) + 10 * dist.rank()
     assert dist.agree(f"of {dist.rank()}") == "of 0"
+    alike = dist.gather(torch.full((2, 1), dist.rank()))
+    assert alike.flatten().tolist() == [rank for rank in range(dist.size()) for _ in range(2)]
     mean = dist.mean(torch.tensor([float(dist.rank())]))
     print(f"rank {dist.rank()} of {dist.size()}: {dist.gather_rows(mine).tolist()} {mean.item()}", flush=True)
 """
@@ -36,7 +38,7 @@ def step(rank: int, size: int, job: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_torchrun_ranks_meet_and_gather_unequal_rows(tmp_path: Path) -> None:
+def test_torchrun_ranks_meet_and_gather_rows(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     result = torchrun(2, tmp_path / "program.py", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint, checkpoint_files, engine, hooks, loader, log, optim, resume, stop
+from utils.device import place
 from utils.errors import CheckpointError, DivergedError, InputError, Stopped
 from utils.metrics import MetricsWriter, read
 from utils.paths import RunDir
@@ -60,7 +62,7 @@ def train(
     run_dir = RunDir(run)
     when = Checkpoint(every_steps=every_steps, every_minutes=every_minutes)
     writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % 2)
-    metrics = hooks.LogMetrics(writer, every=2, batch_size=4, files=lambda *at: [Path(f"{at}.png")])
+    metrics = hooks.LogMetrics(writer, every=2, batch_size=4, files=lambda *at: [f"{at}.png"])
     engine.fit(
         state,
         made,
@@ -350,3 +352,22 @@ def test_going_on_under_other_conditions_is_refused_or_noted(tmp_path: Path) -> 
     assert state.inexact == ["after step 3: world_size 1 -> 2", "after step 3: threads 1 -> 3"]
     checkpoint.write(tmp_path / "on.pth", payload(state))
     assert restored(tmp_path / "on.pth", same_round=False).inexact == state.inexact, "a later round knows"
+
+
+def test_momenta_of_another_memory_format_are_taken_by_place() -> None:
+    torch.manual_seed(SEED)
+    images, old = torch.rand(2, 3, 8, 8), nn.Conv2d(3, 4, 3)
+    new = place(copy.deepcopy(old), torch.device("cpu"))
+    rules = [optim.sgd(model, lr=0.1, momentum=0.9, weight_decay=0.0) for model in (old, new)]
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+
+    step(old, rules[0])
+    new.load_state_dict(old.state_dict())
+    rules[1].load_state_dict(rules[0].state_dict())
+    step(old, rules[0])
+    step(new, rules[1])
+    torch.testing.assert_close(new.weight, old.weight)

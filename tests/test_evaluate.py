@@ -21,9 +21,10 @@ from detect_train.data import DetectionImages
 from detect_train.inference import predict
 from evaluate import config, report, run
 from tests import ranks
-from utils import checkpoint, coco, env, images, labels, optim
+from utils import checkpoint, coco, coco_backends, env, images, labels, optim
 from utils.engine import TrainState
 from utils.errors import InputError, Stopped
+from utils.tree import Folder
 
 CLASSES = ["cat", "cup or mug", "dog"]
 ARCHITECTURE: dict[str, Any] = {
@@ -47,7 +48,8 @@ def write_example(root: Path, number: int, objects: list[tuple[list[float], str]
         "image_size": [width, height],
     }
     (folder / "labels" / f"{number}.yml").write_text(yaml.safe_dump(content))
-    return torch.from_numpy(np.array(images.load(folder / "images" / f"{number}.JPEG"))).permute(2, 0, 1)
+    written = (folder / "images" / f"{number}.JPEG").read_bytes()
+    return torch.from_numpy(np.array(images.decode(written, "a test's image"))).permute(2, 0, 1)
 
 
 def save(path: Path, kind: str, model: torch.nn.Module, **extra: Any) -> Path:
@@ -114,7 +116,7 @@ def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
     result = report.parse(out.read_text(), "report")
     assert result == json.loads(metrics.read_text())
     assert result is not None
-    index = labels.load(dataset, "validation", classes=CLASSES, on_error="error", cache=tmp_path / "index.npz")
+    index = labels.load(Folder(dataset), "validation", classes=CLASSES, on_error="error", cache=tmp_path / "index.npz")
     model, _ = detector.from_checkpoint(checkpoint.read(best))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,11 +137,38 @@ def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
         "images: 5",
         "skipped: 0",
         "world_size: 1",
+        "evaluator: hotcoco",
     ):
         assert f"# {line}\n" in text
     assert "min_size [64]" in text
     assert out.with_suffix(".err").read_text() == ""
     assert (result["device"], torch.get_num_threads()) == ("CPU, threads: 1", threads)
+
+
+def test_both_evaluators_report_the_same(
+    finished: dict[str, Any], best: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*arguments(tmp_path, best, dataset), "--evaluator"]
+    before = finished["outputs"]["report"].read_text()
+    expected = report.parse(before, "before")
+    coco_backends.library.cache_clear()  # as in a new process
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    out = run.main([*given, "pycocotools"])["outputs"]["report"]
+    result = report.parse(out.read_text(), "after")
+    assert expected is not None and result is not None
+    assert (expected["evaluator"], result["evaluator"]) == ("hotcoco", "pycocotools")
+    assert "hotcoco" in expected["versions"] and "pycocotools" in result["versions"]
+    for name in ("stats", "per_class"):
+        assert result[name] == expected[name]
+    lines = [text[text.index(" Average") : text.index("# result")] for text in (before, out.read_text())]
+    assert lines[0] == lines[1]
+    (log,) = (tmp_path / "logs").iterdir()
+    assert "report: " in log.read_text() and "hotcoco" not in log.read_text()  # not even looked for
+    monkeypatch.setattr(run, "predict", None)  # it ends before
+    with pytest.raises(InputError, match=r"evaluator=hotcoco: .*install hotcoco, or set evaluator=pycocotools"):
+        run.main([*given, "hotcoco"])
+    with pytest.raises(InputError, match=r"evaluator.*hotcoco.*pycocotools"):
+        run.main([*given, "cocotools"])
 
 
 def test_two_ranks_report_the_numbers_of_one(
@@ -255,6 +284,7 @@ def test_configuration_files_are_complete_and_problems_come_together() -> None:
         cfg = config.parse(given)
         assert (cfg.checkpoint, cfg.data.labeled, cfg.data.split) == ("c.pth", "d", "validation")
     assert config.parse([*given, "--batch-size", "5"]).batch_size == 5
+    assert config.parse(given).evaluator == "auto"
     with pytest.raises(InputError, match=r"(?s)batch_size=0.*workers=-1"):
         config.parse([*given, "--batch-size", "0", "workers=-1"])
     with pytest.raises(InputError, match=r"(?s)run_dir: required.*checkpoint: required.*data\.labeled: required"):

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import random
 import sys
-import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.labeled_set import write_set
 from tests.ranks import run
 from tests.test_detect_train import SMALL
 from tests.test_labels import load
-from utils import labels
+from utils import array_file, labels, typed_yaml
 from utils.errors import InputError
 
 BOX = "[1, 2, 30, 40]"
@@ -98,15 +98,15 @@ def link_out(file: Path) -> None:
 
 def huge(file: Path) -> None:
     with open(file, "wb") as hole:
-        hole.truncate(100 << 20)
+        hole.truncate(1 << 40)
 
 
 PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "directory": (directory, "not a file, or a link to none"),
+    "directory": (directory, "no label file of this id"),
     "FIFO": (fifo, "not a file, or a link to none"),
     "loop": (link_to_itself, "not a file, or a link to none"),
     "link out": (link_out, "outside.yml', outside the data"),
-    "100 MB": (huge, "104857600 bytes; at most 4194304"),
+    "1 TB": (huge, "1099511627776 bytes; at most 4194304"),
     "missing": (lambda file: None, "no label file of this id"),
 }
 
@@ -125,12 +125,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     for number, (name, (make, reason)) in enumerate(PLACES.items(), start=FIRST + len(CASES)):
         (training / "images" / f"{number}.JPEG").write_bytes((training / "images" / "2.JPEG").read_bytes())
         make(training / "labels" / f"{number}.yml")
-        file = f"images/{number}.JPEG" if name == "missing" else f"labels/{number}.yml"
+        file = f"images/{number}.JPEG" if name in ("missing", "directory") else f"labels/{number}.yml"
         expected[name] = f"training/{file}: ", reason
-    for number, (name, make) in enumerate({"FIFO image": fifo, "directory image": directory}.items(), start=300):
+    for number, make in ((300, fifo), (301, directory), (302, huge)):
         (training / "labels" / f"{number}.yml").write_text(one(BOX))
         make(training / "images" / f"{number}.JPEG")
-        expected[name] = f"training/images/{number}.JPEG: ", "not a file, or a link to none"
+    expected["FIFO image"] = "training/images/300.JPEG: ", "not a file, or a link to none"
+    expected["directory image"] = "training/labels/301.yml: ", "no image of this id"
+    expected["huge image"] = "training/images/302.JPEG: ", "over the limit of 512 MiB for a file"
     (training / "labels" / "400.yml").write_text(one(BOX))
     expected["no image"] = "training/labels/400.yml: ", "no image of this id"
     os.close(os.open(os.fsencode(training / "labels") + b"/\xff\nERROR 0: fine.yml", os.O_CREAT))
@@ -163,7 +165,7 @@ def test_every_one_is_named_with_its_place_and_reason(
     hostile: tuple[Path, dict[str, tuple[str, str]]], tmp_path: Path
 ) -> None:
     data, expected = hostile
-    index = load(data, on_error="skip", cache=tmp_path / "cache.npz")
+    index = load(data, on_error="skip", cache=tmp_path / "cache.index")
     assert len({problem.partition(": ")[0] for problem in index.problems}) == len(expected)
     assert all(map(str.isprintable, index.problems))
     assert max(map(len, index.problems)) < 300
@@ -174,7 +176,7 @@ def test_every_one_is_named_with_its_place_and_reason(
 
 def test_skip_leaves_out_exactly_those(hostile: tuple[Path, dict[str, tuple[str, str]]], tmp_path: Path) -> None:
     data, _ = hostile
-    index = load(data, on_error="skip", cache=tmp_path / "cache.npz")
+    index = load(data, on_error="skip", cache=tmp_path / "cache.index")
     sound = {path.stem for path in (data / "training" / "images").iterdir() if int(path.stem) < FIRST}
     negatives = {number for number, (_, where, _) in enumerate(CASES.values(), start=FIRST) if where == ": box 0"}
     assert set(index.ids.tolist()) == {int(stem) for stem in sound} | negatives
@@ -208,6 +210,103 @@ def test_a_classes_file_with_names_that_cannot_be_printed_is_refused(name: str, 
         labels.read_classes(tmp_path / "classes.txt")
 
 
+def parsed(parse: Callable[[bytes, str], object], text: bytes) -> str:
+    """The value with the types in it, or the error."""
+    try:
+        return repr(parse(text, "x.yml"))
+    except InputError as error:
+        return str(error)
+
+
+TRICKY = [
+    "null",
+    "True",
+    "~",
+    "no",
+    "e5",
+    "cup or mug",
+    "a-b",
+    "a - b",
+    "a: b",
+    "it's",
+    "1.5",
+    "1e3",
+    "0x1",
+    ".inf",
+    "",
+]
+SPOILERS = "\n\n\n  --:#[]{},&*!|>'\"%@`.+019e~?\t\r\\anNt_\xe9\x00\x85\ufeff"
+
+
+def label_file(chosen: random.Random) -> bytes:
+    """A label file as a dumper could have written it, most of them in the shape that is read fast."""
+    count = chosen.choice([0, 1, 1, 2, 5])
+    size = chosen.choice([1, 1e-7, 10.0**16, 99, 10**14, 10**16])
+    boxes = [[round(chosen.uniform(-size, size), chosen.choice([0, 2, 17])) for _ in range(4)] for _ in range(count)]
+    integers = [[int(value) for value in box] for box in boxes]
+    names = chosen.choices(TRICKY if chosen.random() < 0.2 else ["cat", "cup or mug"], k=count)
+    content = {"bboxes": chosen.choice([boxes, integers]), "labels": names, "image_size": [64, 48]}
+    if chosen.random() < 0.1:
+        content[chosen.choice(["null", "true", "x" * 2000, "more", "bboxes "])] = [1]
+    style = chosen.choice([False, False, False, None, True])
+    return yaml.safe_dump(content, default_flow_style=style, sort_keys=chosen.random() < 0.5).encode()
+
+
+def careless(chosen: random.Random) -> bytes:
+    """The same shape, written by somebody who quotes nothing."""
+    keys = chosen.choices(["bboxes", "labels", "true", "null", "a_b", "x" * 2000], [5, 5, 1, 1, 1, 1], k=2)
+    items = [
+        *TRICKY,
+        "- 1\n  - 2",
+        "- 007\n  - -0",
+        "1",
+        "-2.50",
+        "True false",
+        "FALSE",
+        "nulls",
+        "y",
+        "0123",
+        "9" * 15,
+    ]
+    return "".join(f"{key}:\n" + "".join(f"- {item}\n" for item in [chosen.choice(items)] * 2) for key in keys).encode()
+
+
+def test_the_fast_way_reads_what_the_slow_one_reads() -> None:
+    chosen, fast, spoilt_fast = random.Random(0), 0, 0
+    for _ in range(1000):
+        text = chosen.choice([label_file, label_file, careless])(chosen)
+        fast += typed_yaml._plain_lists(text) is not None
+        assert parsed(typed_yaml.parse_lists, text) == parsed(typed_yaml.parse, text), text
+        for _ in range(3):
+            spoilt = bytearray(text)
+            for _ in range(chosen.choice([1, 1, 1, 2])):
+                at, length = chosen.randrange(len(spoilt) + 1), chosen.choice([0, 0, 1, 9])
+                spoilt[at : at + length] = chosen.choice(SPOILERS).encode()
+            if chosen.random() < 0.2:
+                spoilt += text[chosen.randrange(len(text)) :]
+            spoilt_fast += typed_yaml._plain_lists(bytes(spoilt)) is not None
+            assert parsed(typed_yaml.parse_lists, bytes(spoilt)) == parsed(typed_yaml.parse, bytes(spoilt)), spoilt
+    assert fast > 250 and spoilt_fast > 30, (fast, spoilt_fast)
+
+
+@pytest.mark.parametrize("text", [content for content, _, _ in CASES.values()], ids=list(CASES))
+def test_the_fast_way_leaves_harm_to_the_slow_one(text: str | bytes) -> None:
+    raw = text.encode() if isinstance(text, str) else text
+    value = typed_yaml._plain_lists(raw)
+    assert value is None or repr(value) == repr(typed_yaml.parse(raw, ""))
+
+
+def test_many_boxes_are_read_the_fast_way() -> None:
+    rows = [[0.25, 1, 30.5, 40]] * 20_000
+    text = yaml.dump({"bboxes": rows, "labels": ["cat"] * 20_000}, Dumper=NoAliases).encode()
+    assert typed_yaml._plain_lists(text) == {"bboxes": rows, "labels": ["cat"] * 20_000}
+
+
+class NoAliases(yaml.CSafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
 class Payload:
     """Makes a file when it is unpickled."""
 
@@ -218,25 +317,42 @@ class Payload:
         return Path.touch, (self.canary,)
 
 
-def with_pickle(cache: Path, canary: Path) -> None:
-    """The cache with an array of objects in place of its boxes."""
-    raw = io.BytesIO()
-    np.save(raw, np.array([Payload(canary)], dtype=object), allow_pickle=True)
-    with zipfile.ZipFile(cache) as old:
-        content = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(cache, "w") as new:
-        for name, data in {**content, "boxes.npy": raw.getvalue()}.items():
-            new.writestr(name, data)
+def rewrite(cache: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change what a cache holds, and correct its checksum."""
+    content = change(cache.read_bytes()[array_file.CRC :])
+    cache.write_bytes(b"%08x\n" % zlib.crc32(content) + content)
+
+
+def with_objects(cache: Path, canary: Path) -> None:
+    """The cache with an array of objects, which are addresses in memory, in place of its boxes."""
+    rewrite(cache, lambda content: content.replace(b'["boxes", "<f8"', b'["boxes", "|O8"'))
+
+
+def too_long(cache: Path, canary: Path) -> None:
+    rewrite(cache, lambda content: content.replace(b'["boxes", "<f8", [1', b'["boxes", "<f8", [9'))
+
+
+def without_a_name(cache: Path, canary: Path) -> None:
+    rewrite(cache, lambda content: content.replace(b'"arrays"', b'"arroys"'))
 
 
 def all_pickle(cache: Path, canary: Path) -> None:
     cache.write_bytes(pickle.dumps(Payload(canary)))
 
 
+def wrong_boxes(cache: Path) -> None:
+    """A whole cache, of these files, with other boxes."""
+    key = json.loads(cache.read_bytes()[array_file.CRC :].partition(b"\n")[0])["key"]
+    saved = array_file.load(cache, key)
+    assert saved
+    words = {name: saved.pop(name) for name in labels.WORDS}
+    array_file.save(cache, key, words, {**saved, "boxes": saved["boxes"] + 1})
+
+
 def moved(cache: Path, canary: Path) -> None:
     """Somebody else's file, reached by a link."""
-    cache.rename(cache.with_name("theirs.npz"))
-    cache.symlink_to("theirs.npz")
+    cache.rename(cache.with_name("theirs.index"))
+    cache.symlink_to("theirs.index")
 
 
 def writable(cache: Path, canary: Path) -> None:
@@ -248,16 +364,18 @@ def waiting(cache: Path, canary: Path) -> None:
     os.mkfifo(cache)
 
 
-@pytest.mark.parametrize("harm", [with_pickle, all_pickle, moved, writable, waiting])
+@pytest.mark.parametrize("harm", [with_objects, too_long, without_a_name, all_pickle, moved, writable, waiting])
 def test_a_cache_that_could_be_somebody_else_s_is_made_again(
     harm: Callable[[Path, Path], None], tmp_path: Path
 ) -> None:
-    data, cache, canary = write_set(tmp_path / "data"), tmp_path / "cache.npz", tmp_path / "canary"
+    data, cache, canary = write_set(tmp_path / "data"), tmp_path / "cache.index", tmp_path / "canary"
     first = load(data, cache=cache)
-    wrong = {**vars(first), "boxes": first.boxes + 1}
-    if harm in (moved, writable):  # a whole cache, of these files, with other boxes
-        np.savez(cache, **{**np.load(cache), "boxes": wrong["boxes"]})
+    before = cache.read_bytes()
+    if harm in (moved, writable):
+        wrong_boxes(cache)
+        assert load(data, cache=cache).boxes.tolist() == (first.boxes + 1).tolist()
     harm(cache, canary)
+    assert harm is waiting or cache.read_bytes() != before
     again = load(data, cache=cache)
     assert np.array_equal(again.boxes, first.boxes)
     assert not canary.exists()
@@ -266,9 +384,9 @@ def test_a_cache_that_could_be_somebody_else_s_is_made_again(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 def test_another_user_s_cache_is_made_again(tmp_path: Path) -> None:
-    data, cache = write_set(tmp_path / "data"), tmp_path / "cache.npz"
+    data, cache = write_set(tmp_path / "data"), tmp_path / "cache.index"
     first = load(data, cache=cache)
-    np.savez(cache, **{**np.load(cache), "boxes": first.boxes + 1})
+    wrong_boxes(cache)
     cache.chmod(0o600)
     os.chown(cache, 12345, 12345)
     assert np.array_equal(load(data, cache=cache).boxes, first.boxes)
@@ -276,11 +394,11 @@ def test_another_user_s_cache_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_cache_with_a_flipped_bit_is_right_or_made_again(tmp_path: Path) -> None:
-    data, cache = write_set(tmp_path / "data"), tmp_path / "cache.npz"
+    data, cache = write_set(tmp_path / "data"), tmp_path / "cache.index"
     first = load(data, cache=cache)
     whole = cache.read_bytes()
     chosen = random.Random(0)
-    for _ in range(400):
+    for _ in range(250):
         damaged = bytearray(whole)
         damaged[chosen.randrange(len(whole))] ^= 1 << chosen.randrange(8)
         cache.write_bytes(damaged)

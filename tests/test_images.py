@@ -10,15 +10,15 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from PIL import Image, ImageFile
+from torch.utils.data import DataLoader, Dataset
 
-from ssl_train.data import UnlabeledImages
 from tests.ranks import run
-from utils import images, loader
+from utils import images
 from utils.errors import InputError, message
 from utils.images import MAX_PIXELS
 from utils.paths import ROOT
+from utils.tree import Folder
 
 
 def encoded(kind: str) -> bytes:
@@ -67,31 +67,42 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_named(name: str, tmp_path: Path) -> None:
+def test_a_bad_image_is_named(name: str) -> None:
     content, reason = BAD[name]
-    path = tmp_path / name
-    path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        images.load(path)
-    assert str(caught.value).startswith(f"{path}: {reason}")
-    size, problem = images.check(path)
+        images.decode(content, f"some/{name}")
+    assert str(caught.value).startswith(f"some/{name}: {reason}")
+    size, problem = images.check(content, f"some/{name}")
     assert size is None and problem and problem.startswith(reason)
+
+
+class Pictures(Dataset[int]):
+    """The widths of a folder's images."""
+
+    def __init__(self, root: Path) -> None:
+        self.tree = Folder(root)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __getitem__(self, i: int) -> int:
+        return images.decode(self.tree.read(i), self.tree.shown(i)).width
 
 
 def test_a_bad_image_is_named_by_a_loader_s_worker(tmp_path: Path) -> None:
     for name, (content, _) in BAD.items():
         (tmp_path / name).write_bytes(content)
-    data = UnlabeledImages(tmp_path, lambda image: torch.zeros(1))
-    batches = loader.make(data, loader.WholeBatches(len(data), 1), workers=1, device=torch.device("cpu"))
-    iterator, said = iter(batches), []
-    for _ in data.files:
+    data = Pictures(tmp_path)
+    iterator, said = iter(DataLoader(data, num_workers=1)), []
+    for _ in BAD:
         try:
             next(iterator)
         except InputError as error:
             said.append(message(error))
+    assert next(iterator, None) is None  # the worker has ended
     assert len(said) == len(data)
-    for path, text in zip(data.files, said, strict=True):
-        assert text.startswith(f"{path}: {BAD[path.name][1]}")
+    for name, text in zip(sorted(BAD), said, strict=True):
+        assert text.startswith(f"{tmp_path}/{name}: {BAD[name][1]}")
 
 
 def test_a_bomb_in_a_worker_ends_the_program_with_2_in_little_memory(tmp_path: Path) -> None:
@@ -101,12 +112,12 @@ def test_a_bomb_in_a_worker_ends_the_program_with_2_in_little_memory(tmp_path: P
 import resource, sys
 from pathlib import Path
 import torch
-from ssl_train.data import UnlabeledImages
+from tests.test_images import Pictures
 from utils import loader
 from utils.errors import cli
 
 def main():
-    data = UnlabeledImages(Path(sys.argv[1]), lambda image: torch.zeros(1))
+    data = Pictures(Path(sys.argv[1]))
     batches = loader.make(data, loader.WholeBatches(2, 1), workers=1, device=torch.device("cpu"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB; the worker is a fork of this process
     try:
@@ -125,24 +136,30 @@ cli(main)
     assert first == "a batch" and int(used.split()[0]) < 200
 
 
-def test_the_largest_image_is_read(tmp_path: Path) -> None:
-    Image.new("1", (MAX_PIXELS // 1000, 1000)).save(tmp_path / "a.png")
-    assert images.check(tmp_path / "a.png") == ((MAX_PIXELS // 1000, 1000), None)
-    assert images.load(tmp_path / "a.png").size == (MAX_PIXELS // 1000, 1000)
+def test_the_largest_image_is_read() -> None:
+    file = io.BytesIO()
+    Image.new("1", (MAX_PIXELS // 1000, 1000)).save(file, "PNG")
+    assert images.check(file.getvalue(), "a.png") == ((MAX_PIXELS // 1000, 1000), None)
+    assert images.decode(file.getvalue(), "a.png").size == (MAX_PIXELS // 1000, 1000)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_damage_is_never_anything_but_an_input_error(kind: str, tmp_path: Path) -> None:
-    good, random, path, refused = encoded(kind), Random(0), tmp_path / "x.png", 0
+def test_bytes_after_the_end_do_not_condemn_an_image(kind: str) -> None:
+    assert images.check(encoded(kind) + bytes(1000), "") == ((64, 48), None)
+    assert images.decode(encoded(kind) + bytes(1000), "").size == (64, 48)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damage_is_never_anything_but_an_input_error(kind: str) -> None:
+    good, random, refused = encoded(kind), Random(0), 0
     for _ in range(1500):
         data = bytearray(good[: random.choice([len(good), random.randrange(len(good))])])
         for _ in range(random.choice([0, 1, 3])):
             if data:
                 data[random.randrange(min(len(data), random.choice([64, 700])))] = random.randrange(256)
-        path.write_bytes(data)
-        images.check(path)
+        images.check(bytes(data), "x")
         try:
-            images.load(path)
+            images.decode(bytes(data), "x")
         except InputError:
             refused += 1
     assert refused > 300

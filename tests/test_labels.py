@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.labeled_set import write_example, write_label, write_set
-from utils import images, labels, squashfs
+from tests.archives import NEEDS_TOOLS
+from tests.labeled_set import archived, write_example, write_label, write_set
+from utils import array_file, images, labels, squashfs
+from utils.archive import Archive
 from utils.errors import InputError
 from utils.labels import LabelIndex
+from utils.shared_config import Stage
+from utils.tree import Folder, Tree
 
 WHOLE = [[1, 2, 30, 40]]
 
 
 def load(root: Path, split: str = "training", **options: Any) -> LabelIndex:
-    options = {"classes": None, "on_error": "error", "cache": root / f"cache_{split}.npz", **options}
-    return labels.load(root, split, **options)
+    options = {"classes": None, "on_error": "error", "cache": root / f"cache_{split}.index", **options}
+    return labels.load(Folder(root), split, **options)
 
 
 def test_ids_classes_sizes_and_boxes(tmp_path: Path) -> None:
@@ -39,15 +43,18 @@ def test_ids_classes_sizes_and_boxes(tmp_path: Path) -> None:
     assert [index.target(i)[1].tolist() for i in range(3)] == [[], [2, 1], [1]]
     assert index.target(0)[0].shape == (0, 4)
     assert index.target(1)[0].tolist() == [[0, 0, 10, 10], [1.5, 2.25, 64, 48]]
-    assert [images.load(index.path(i)).size for i in range(3)] == [(64, 48)] * 3
-    assert index.path(1) == tmp_path / "training" / "images" / "12.JPEG"
+    assert [images.decode(index.read(i), "").size for i in range(3)] == [(64, 48)] * 3
+    assert index.shown(1) == f"{tmp_path}/training/images/12.JPEG"
+    assert index.read(1) == (tmp_path / "training" / "images" / "12.JPEG").read_bytes()
     assert index.boxes.dtype == np.float64 and index.labels.dtype == index.ids.dtype == np.int64
 
 
 def test_a_folder_labeled_in_between(tmp_path: Path) -> None:
     write_set(tmp_path / "labeled")
     assert len(load(tmp_path)) == 8
-    assert load(tmp_path).root == tmp_path / "labeled"
+    assert load(tmp_path).shown(0) == f"{tmp_path}/labeled/training/images/1.JPEG"
+    write_set(tmp_path)
+    assert load(tmp_path).shown(0) == f"{tmp_path}/training/images/1.JPEG"
 
 
 def test_where_the_classes_come_from(tmp_path: Path) -> None:
@@ -93,15 +100,17 @@ def test_a_second_load_reads_the_cache_only(tmp_path: Path) -> None:
     first = load(tmp_path)
     damage_unseen(tmp_path / "training" / "labels" / "3.yml")
     second = load(tmp_path)
-    for name, value in vars(first).items():
+    assert [second.shown(i) for i in range(8)] == [f"{tmp_path}/training/images/{i}.JPEG" for i in range(1, 9)]
+    for name in vars(first).keys() - {"tree", "numbers"}:  # the cache itself lies in the tree since the first load
+        value = getattr(first, name)
         assert np.array_equal(getattr(second, name), value), name
         assert type(getattr(second, name)) is type(value), name
 
 
-@pytest.mark.parametrize("change", ["label", "label time", "image added", "image replaced", "classes", "cache cut"])
-def test_a_stale_cache_is_not_used(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["label", "label time", "image added", "image replaced", "classes", "format", "cut"])
+def test_a_stale_cache_is_not_used(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path)
-    cache = tmp_path / "cache_training.npz"
+    cache = tmp_path / "cache_training.index"
     options: dict[str, Any] = {}
     load(tmp_path)
     damage_unseen(tmp_path / "training" / "labels" / "3.yml")
@@ -115,6 +124,8 @@ def test_a_stale_cache_is_not_used(tmp_path: Path, change: str) -> None:
         Image.new("RGB", (32, 200)).save(tmp_path / "training" / "images" / "1.JPEG")
     elif change == "classes":
         options["classes"] = ("dog", "cat")
+    elif change == "format":
+        monkeypatch.setattr(labels, "FORMAT", labels.FORMAT + 1)
     else:
         cache.write_bytes(cache.read_bytes()[:500])
     with pytest.raises(InputError, match=r"training/labels/3.yml:1:1: bad YAML"):
@@ -203,9 +214,9 @@ def test_every_problem_of_both_splits_is_in_one_error(tmp_path: Path) -> None:
     (training / "images" / "6.JPEG").write_bytes((training / "images" / "6.JPEG").read_bytes()[:300])
     write_label(training, 6, bboxes=[[9, 9, 8, 8]], labels=["cat"])
     (validation / "images" / "30001.JPEG").write_bytes(b"")
-    caches = {split: tmp_path / f"{split}.npz" for split in ("training", "validation")}
+    caches = {split: tmp_path / f"{split}.index" for split in ("training", "validation")}
     with pytest.raises(InputError) as error:
-        labels.load_splits(tmp_path, caches, classes=None, on_error="error")
+        labels.load_splits(Folder(tmp_path), caches, classes=None, on_error="error")
     head, *lines, negatives, remedy = str(error.value).splitlines()
     assert head == f"{tmp_path}: 8 unusable images, labels or boxes"
     assert [line.split(": ", 1)[0].strip() for line in lines] == [
@@ -219,7 +230,7 @@ def test_every_problem_of_both_splits_is_in_one_error(tmp_path: Path) -> None:
         "validation/images/30001.JPEG",
     ]
     assert "training/images/1.JPEG" in negatives and "data.on_error=skip" in remedy
-    indexes = labels.load_splits(tmp_path, caches, classes=None, on_error="skip")
+    indexes = labels.load_splits(Folder(tmp_path), caches, classes=None, on_error="skip")
     assert [index.ids.tolist() for index in indexes] == [[1, 4, 7, 8], [30002, 30003]]
     assert [len(index.problems) for index in indexes] == [7, 1]
 
@@ -264,11 +275,114 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def load_archive(tree: Tree, cache: Path, **options: Any) -> list[LabelIndex]:
+    caches = {split: cache.with_name(f"{split}_{cache.name}") for split in ("training", "validation")}
+    return labels.load_splits(tree, caches, **{"classes": None, "on_error": "error", **options})
+
+
+def key_of(cache: Path) -> str:
+    return json.loads(cache.read_bytes()[array_file.CRC :].partition(b"\n")[0])["key"]
+
+
+def assert_same(one: LabelIndex, other: LabelIndex) -> None:
+    for name in vars(one).keys() - {"tree"}:
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
+
+
+@NEEDS_TOOLS
+@pytest.mark.parametrize("place", [".", "labeled"])
+def test_an_archive_gives_what_its_folder_gives(place: str, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    write_set(root / place)
+    (root / place / "classes.txt").write_text("dog\ncat\n")
+    write_label(root / place / "training", 4, bboxes=[[5, 5, 5, 9], [1, 2, 30, 40]], labels=["cat", "dog"])
+    (root / place / "training" / "images" / "5.JPEG").write_bytes(b"")
+    tree = archived(root, tmp_path)
+    folder = load_archive(Folder(root), tmp_path / "f.index", on_error="skip")
+    for _ in range(2):  # built, then cached
+        archive = load_archive(tree, tmp_path / "a.index", on_error="skip")
+        for one, other in zip(folder, archive, strict=True):
+            assert_same(one, other)
+    assert archive[0].classes == ("dog", "cat") and len(archive[0].problems) == 2
+    assert archive[0].shown(2) == os.path.normpath(f"{tmp_path}/set.sqsh/{place}/training/images/3.JPEG")
+    with pytest.raises(InputError) as error:
+        load_archive(tree, tmp_path / "a.index")
+    head, *lines, _, _ = str(error.value).splitlines()
+    assert head.startswith(os.path.normpath(f"{tmp_path}/set.sqsh/{place}") + ": 2 unusable")
+    assert lines[0].startswith("  training/labels/4.yml: box 0: [5, 5, 5, 9] is empty")
+    assert lines[1].startswith("  training/images/5.JPEG: unreadable image: neither PNG")
+
+
+@NEEDS_TOOLS
+def test_a_cached_archive_is_not_looked_at(tmp_path: Path) -> None:
+    tree = archived(write_set(tmp_path / "set"), tmp_path)
+    first = load_archive(tree, tmp_path / "a.index")
+    status = tree.path.stat()
+    tree.path.write_bytes(bytes(status.st_size))
+    os.utime(tree.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    tree = Archive(tree.path, tree.fingerprint, tmp_path / "archive.npz")
+    again = load_archive(tree, tmp_path / "a.index")
+    assert [index.boxes.tolist() for index in again] == [index.boxes.tolist() for index in first]
+    with pytest.raises(InputError):
+        load_archive(tree, tmp_path / "other.index")
+
+
+@NEEDS_TOOLS
+@pytest.mark.parametrize("change", ["label", "image added", "classes", "format"])
+def test_an_archive_of_another_content_is_indexed_anew(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_set(tmp_path / "set")
+    tree, options = archived(root, tmp_path), dict[str, Any]()
+    load_archive(tree, tmp_path / "a.index")
+    key = key_of(tmp_path / "training_a.index")
+    if change == "label":
+        write_label(root / "training", 2, bboxes=WHOLE, labels=["dog"])
+    elif change == "image added":
+        write_example(root / "training", 2000, WHOLE, ["dog"])
+    elif change == "classes":
+        options["classes"] = ("dog", "cat")
+    else:
+        monkeypatch.setattr(labels, "FORMAT", labels.FORMAT + 1)
+    if change in ("label", "image added"):
+        tree.path.unlink()
+        tree = archived(root, tmp_path)
+    training, _ = load_archive(tree, tmp_path / "a.index", **options)
+    assert key_of(tmp_path / "training_a.index") != key
+    assert len(training) == 8 + (change == "image added")
+    assert training.target(1)[0].tolist() != WHOLE or change == "label"
+    assert training.classes == options.get("classes", ("cat", "dog"))
+
+
+def test_files_that_come_beside_a_split_do_not_move_its_images(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set")
+    first = load(root, "validation", classes=("cat", "dog"), cache=tmp_path / "cache.index")
+    damage_unseen(root / "validation" / "labels" / "30002.yml")
+    write_example(root / "training", 999, WHOLE, ["dog"])
+    (root / "a first file").touch()
+    second = load(root, "validation", classes=("cat", "dog"), cache=tmp_path / "cache.index")
+    assert second.numbers.tolist() == [number + 3 for number in first.numbers.tolist()]
+    assert [second.read(i) for i in range(3)] == [first.read(i) for i in range(3)]
+
+
+def test_classes_of_another_split_are_followed(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set")
+    assert load(root, "validation", cache=tmp_path / "cache.index").classes == ("cat", "dog")
+    write_label(root / "training", 3, bboxes=WHOLE, labels=["eel"])
+    assert load(root, "validation", cache=tmp_path / "cache.index").classes == ("cat", "dog", "eel")
+    (root / "classes.txt").write_text("fox\ndog\ncat\n")
+    assert load(root, "validation", cache=tmp_path / "cache.index").classes == ("fox", "dog", "cat")
+    (root / "classes.txt").write_text("yak\ncat\ndog\n")
+    assert load(root, "validation", cache=tmp_path / "cache.index").classes == ("yak", "cat", "dog")
+
+
 @pytest.mark.realdata
-def test_exactly_the_planted_defects_are_found(tmp_path: Path, shared_data: Path) -> None:
-    root = squashfs.stage(shared_data / "dirty_labeled.sqsh", tmp_path / "staged")
+@pytest.mark.parametrize("how", ["direct", "unpack"])
+def test_exactly_the_planted_defects_are_found(tmp_path: Path, shared_data: Path, how: Stage) -> None:
+    tree = squashfs.stage(shared_data / "dirty_labeled.sqsh", tmp_path / "staged", how=how)
     classes = labels.read_classes(shared_data / "classes" / "bccd_classes.txt")
-    caches = {split: tmp_path / f"{split}.npz" for split in ("training", "validation")}
+    caches = {split: tmp_path / f"{split}.index" for split in ("training", "validation")}
     defects = json.loads((shared_data / "dirty_defects.json").read_text())["defects"]
     planted = {
         (defect["split"], defect["id"])
@@ -277,12 +391,12 @@ def test_exactly_the_planted_defects_are_found(tmp_path: Path, shared_data: Path
         if defect["affects"] != "none" and defect["defect"] != "empty_label_list"
     }
     with pytest.raises(InputError) as error:
-        labels.load_splits(root, caches, classes=classes, on_error="error")
+        labels.load_splits(tree, caches, classes=classes, on_error="error")
     lines = [line.strip() for line in str(error.value).splitlines() if line.startswith("  t") or line.startswith("  v")]
     listed = {(line.split("/")[0], int(line.split("/")[2].split(".")[0])) for line in lines}
     assert listed == planted and len(lines) == len(planted) == 11
     assert "training/images/28.JPEG" in str(error.value)
-    training, validation = labels.load_splits(root, caches, classes=classes, on_error="skip")
+    training, validation = labels.load_splits(tree, caches, classes=classes, on_error="skip")
     lost = {number for split, number in planted if split == "training"} - {
         18,
         20,
@@ -297,7 +411,7 @@ def test_exactly_the_planted_defects_are_found(tmp_path: Path, shared_data: Path
 
 @pytest.mark.realdata
 def test_a_sound_real_set_has_no_problem(tmp_path: Path, shared_data: Path) -> None:
-    root = squashfs.stage(shared_data / "bccd_labeled.sqsh", tmp_path / "staged")
-    index = load(root, cache=tmp_path / "cache.npz")
+    tree = squashfs.stage(shared_data / "bccd_labeled.sqsh", tmp_path / "staged")
+    index = labels.load(tree, "training", classes=None, on_error="error", cache=tmp_path / "cache.index")
     assert (len(index), len(index.boxes), index.classes) == (205, 2804, ("Platelets", "RBC", "WBC"))
     assert np.bincount(index.labels).tolist() == [0, 209, 2381, 214]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from ssl_train.batches import ShuffledBatches
 from utils import dist, loader
 from utils.errors import InputError
 
@@ -68,6 +69,33 @@ def test_ranks_share_the_same_global_batches(ranks: int, monkeypatch: pytest.Mon
     assert len(whole) == 5 and len({index for batch in whole for index in batch}) == 20
 
 
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_keys_are_of_the_same_global_batch_shuffled(ranks: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loader.GlobalBatches(53, 8, 7)
+    whole.go_to(3, 0)
+    monkeypatch.setattr(dist, "size", lambda: ranks)
+    dealt = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        batches = ShuffledBatches(53, 8, 7, groups)
+        batches.go_to(3, 0)
+        dealt.append(list(batches))
+        batches.go_to(3, 4)
+        resumed = list(batches)
+        assert len(resumed) == 2 and all(map(np.array_equal, resumed[0], dealt[-1][4]))
+    orders = []
+    for number, shares in enumerate(zip(*dealt, strict=True)):
+        examples = np.concatenate([share.query for share in shares])
+        assert examples.tolist() == whole.indices(3, number)
+        assert np.concatenate([share.key for share in shares]).tolist() == examples[shares[0].order].tolist()
+        assert all(share.order.tolist() == shares[0].order.tolist() and share.epoch == 3 for share in shares)
+        orders.append(tuple(shares[0].order.tolist()))
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(orders)) == 1 if ranks == groups == 1 else len(set(orders)) == 6, "each batch has its own"
+    batches.go_to(4, 0)
+    assert ranks == groups == 1 or tuple(next(iter(batches)).order.tolist()) not in orders
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_evaluation_deals_whole_batches_and_no_image_twice(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "size", lambda: ranks)
@@ -84,3 +112,5 @@ def test_batches_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: pytes
     monkeypatch.setattr(dist, "size", lambda: 3)
     with pytest.raises(InputError, match="batch_size=4 does not divide by 3 ranks"):
         loader.GlobalBatches(50, 4, 0)
+    with pytest.raises(InputError, match=r"batch_size=9 does not divide by 3 ranks times model\.bn_groups=2"):
+        ShuffledBatches(50, 9, 0, bn_groups=2)

@@ -73,7 +73,15 @@ def check_steps(whole: dict[int, dict[str, Any]], lines: list[dict[str, Any]]) -
 def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Program:
     folder = tmp_path_factory.mktemp("pretraining")
     words = ["--dataset-root", str(write_images(folder / "images", 28)), *SMALL_MOCO]  # 7 steps an epoch
-    own = ["epochs=2", "workers=2", "precision=bf16", "deterministic=true", "checkpoint.every_steps=2", "log_every=3"]
+    own = [
+        "epochs=2",
+        "workers=2",
+        "model.bn_groups=2",
+        "precision=bf16",
+        "deterministic=true",
+        "checkpoint.every_steps=2",
+        "log_every=3",
+    ]
     return Program(folder, ["ssl_train.train", *words, *own], ranks=1)
 
 

@@ -121,13 +121,17 @@ def test_an_ordinary_user_can_unpack_read_only_folders(
 
 def test_stage_takes_an_archive_or_a_folder(sample: Path, tmp_path: Path) -> None:
     archive, root = pack(sample, tmp_path / "a.sqsh"), tmp_path / "scratch" / "relay"
-    assert squashfs.stage(sample, root) == sample.resolve()
+    assert str(squashfs.stage(sample, root, how="unpack")) == str(sample.resolve())
     assert not root.exists()
-    staged = squashfs.stage(str(archive), root)
+
+    def staged_at() -> Path:
+        return Path(str(squashfs.stage(str(archive), root, how="unpack")))
+
+    staged = staged_at()
     assert staged.parent == root and staged.name.startswith("a-")
     assert root.stat().st_mode & 0o7777 == 0o700
     assert snapshot(staged) == snapshot(sample)
-    assert squashfs.stage(archive, root) == staged
+    assert staged_at() == staged
     pack(tmp_path / "scratch", archive)  # the same name, another content
-    again = squashfs.stage(archive, root)
+    again = staged_at()
     assert again != staged and set(snapshot(again)) > {"relay", f"relay/{staged.name}"}

@@ -16,6 +16,7 @@ from tests.archives import LISTABLE, NEEDS_TOOLS, assert_nothing_left, make_samp
 from tests.disks import mounted
 from utils import squashfs
 from utils.errors import EnvironmentProblem, InputError
+from utils.squashfs_once import identity
 
 pytestmark = NEEDS_TOOLS
 
@@ -131,7 +132,7 @@ def test_what_is_in_the_way_is_never_touched(planted: str, sample: Path, tmp_pat
         dest.write_text("alive")
     elif planted == "link":
         dest.symlink_to(mine)
-        (mine / squashfs.MARKER).write_text(json.dumps(squashfs._identity(archive) | {"sha256": "0" * 64}))
+        (mine / squashfs.MARKER).write_text(json.dumps(identity(archive) | {"sha256": "0" * 64}))
     elif planted == "other archive":
         squashfs.unpack(pack(mine, tmp_path / "b.sqsh"), dest)
     else:

@@ -179,13 +179,13 @@ def test_every_shipped_configuration_loads_and_reads_back(file: Path, tmp_path: 
 def test_the_default_is_the_reference_recipe() -> None:
     cfg = config.to_dict(told())
     assert cfg["model"] == {
-        "arch": "resnet50", "dim": 128, "queue": 65536, "momentum": 0.999, "temperature": 0.2,
+        "arch": "resnet50", "dim": 128, "queue": 65536, "momentum": 0.999, "temperature": 0.2, "bn_groups": 1,
     }  # fmt: skip
     assert cfg["optim"] == {"lr": 0.015, "momentum": 0.9, "weight_decay": 1e-4}
     assert (cfg["epochs"], cfg["batch_size"]) == (100, 128)
     assert cfg["augment"] == {
-        "image_size": 224, "crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8,
-        "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": [0.1, 2.0],
+        "backend": "opencv", "image_size": 224, "crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1],
+        "jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": [0.1, 2.0],
     }  # fmt: skip
 
 
@@ -193,6 +193,7 @@ def test_the_default_is_the_reference_recipe() -> None:
     ("words", "complaints"),
     [
         (["model.queue=127"], ["model.queue=127: at least batch_size=128"]),
+        (["model.bn_groups=3"], ["model.bn_groups=3: at least 1, and batch_size=128 a multiple of it"]),
         (
             ["--epochs", "0", "--lr", "0", "--workers", "-1", "model.temperature=0", "model.momentum=1"],
             ["epochs=0", "optim.lr=0.0", "workers=-1", "model.temperature=0.0", "model.momentum=1.0"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -106,14 +107,20 @@ def test_two_launchers_at_once_make_one_chain(tmp_path: Path, cluster: Cluster, 
         lock = here.root / "runs/standin/.lock"
         while not lock.exists() or "process" not in lock.read_text():
             assert first.poll() is None
+        first.send_signal(signal.SIGSTOP)
         if not shared_lock:  # a lock that the other does not see
             lock.unlink()
-        second = here.run(*words)
+            first.send_signal(signal.SIGCONT)
+        with here.start(*words) as second:
+            assert second.stdout
+            said = [second.stdout.readline(), second.stdout.readline()]
+            first.send_signal(signal.SIGCONT)
+            said.append(second.communicate(timeout=60)[0])
         output, _ = first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), output + second.stdout
+    assert (first.returncode, second.returncode) == (0, 0), output + "".join(said)
     if shared_lock:
-        assert f"at work on standin: process {first.pid} on " in second.stdout
-        assert second.stdout.count("(kept)") == 5
+        assert f"at work on standin: process {first.pid} on " in said[1]
+        assert said[2].count("(kept)") == 5
     check_chain(here, cluster)
 
 

@@ -7,7 +7,7 @@ import re
 import stat
 from pathlib import Path
 
-from utils import files
+from utils import ahead, files
 from utils.errors import CheckpointError
 
 KEEP = 2  # newest checkpoints kept besides the best
@@ -56,7 +56,7 @@ def known(path: Path) -> str | None:
 def verify(path: Path) -> bool:
     """Whether the hash of `path` is known. Raises: CheckpointError when it is, and the file has another."""
     expected = known(path)
-    if expected and path.exists() and files.sha256(path) != expected:
+    if expected and path.exists() and ahead.sha256(path) != expected:
         raise CheckpointError(f"{path}: damaged: its sha256 is not the one written when it was saved")
     return expected is not None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -23,6 +24,7 @@ from utils.errors import InputError
 
 T = TypeVar("T")
 Layer = tuple[str, dict[str, Any]]  # where it came from -> dotted key: value
+_hints = functools.cache(typing.get_type_hints)  # of a dataclass; evaluating its annotations takes most of a `load`
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +109,7 @@ def to_yaml(config: Any) -> str:
 
 def leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of `schema` with its type."""
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in _hints(schema).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from leaves(hint, f"{prefix}{name}.")
         else:
@@ -136,9 +138,8 @@ def dotted(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _defaults(schema: type, missing: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        hint = hints[field.name]
+        hint = _hints(schema)[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _defaults(hint, missing, f"{prefix}{field.name}.")
         else:
@@ -146,7 +147,7 @@ def _defaults(schema: type, missing: object, prefix: str = "") -> Iterator[tuple
 
 
 def _assemble(schema: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     given = {}
     for field in dataclasses.fields(schema):
         key, hint = f"{prefix}{field.name}", hints[field.name]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from utils.errors import EnvironmentProblem
 from utils.shared_config import DeviceName, Precision
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def pick(name: DeviceName, local_rank: int) -> torch.device:
@@ -24,6 +27,12 @@ def pick(name: DeviceName, local_rank: int) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def place(model: Module, device: torch.device) -> Module:
+    """`model` on `device`, the weights of convolutions in channels_last: the faster format for float32 and bf16."""
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def make_deterministic() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import env, log, paths, rendezvous, run_lock, stop
+from utils import env, log, paths, rendezvous, run_lock, startup, stop
 from utils.device import describe, make_deterministic, pick
 from utils.errors import Stopped, error_like, exit_code, explained, one_line
 from utils.paths import RunDir
@@ -39,6 +39,7 @@ def session(
     InputError when the directory is another run's.
     """
     global _patience, _host_group
+    startup.done("imports")
     world, _patience = env.world(), timeout
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
@@ -62,6 +63,7 @@ def session(
                 device_id=chosen if chosen.type == "cuda" else None,
             )
             _host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        startup.done("session")
         try:
             yield chosen
         except Stopped:
@@ -180,6 +182,15 @@ def broadcast(values: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         dist.broadcast(values, src=0)
     return values
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """(n, ...) of every rank, n the same on all -> (n * ranks, ...) in rank order; one collective, not waited for."""
+    if size() == 1:
+        return rows
+    gathered = rows.new_empty((size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils import checkpoint, dist, log, stop
+from utils import checkpoint, dist, log, startup, stop
 from utils.errors import DivergedError, Stopped
 from utils.metrics import MetricsWriter
 from utils.paths import RunDir
@@ -41,23 +40,25 @@ class LogMetrics(Hook):
     """Fetches the numbers of each step from the device every `every` steps, averages them over ranks, writes them.
 
     Args:
-        files: the image files of all ranks in one batch, from (epoch, batch).
+        files: the image files of all ranks in one batch, as messages show them, from (epoch, batch).
 
     Raises: DivergedError on every rank at the next fetch after a loss is not finite, naming the step and its
     files; a checkpoint is saved after a fetch, so none holds such weights.
     """
 
     def __init__(
-        self, writer: MetricsWriter, *, every: int, batch_size: int, files: Callable[[int, int], Sequence[Path]]
+        self, writer: MetricsWriter, *, every: int, batch_size: int, files: Callable[[int, int], Sequence[str]]
     ) -> None:
         self.writer, self.every, self.batch_size, self.files = writer, every, batch_size, files
         self.pending: list[dict[str, torch.Tensor]] = []
         self.since = time.monotonic()
 
     def before_epoch(self, state: TrainState) -> None:
+        startup.done("model")
         self.since = time.monotonic()
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
+        startup.first_step()
         self.pending.append({name: value.detach() for name, value in numbers.items()})
         if state.batch % self.every == 0:
             self._write(state, self.every)
@@ -92,7 +93,7 @@ class LogMetrics(Hook):
     def _diagnosis(self, state: TrainState, row: dict[str, float]) -> str:
         batch = len(state.rows)
         step = state.step - state.batch + batch + 1
-        names = [str(file) for file in self.files(state.epoch, batch)]
+        names = self.files(state.epoch, batch)
         log.info(f"images of step {step}: {', '.join(names)}")
         more = f" and {len(names) - SHOWN} more, see the log" if len(names) > SHOWN else ""
         values = ", ".join(f"{name}={value:g}" for name, value in row.items())
@@ -179,7 +180,7 @@ def standard(
     state: TrainState,
     cfg: Training,
     payload: Callable[[TrainState], dict[str, Any]],
-    files: Callable[[int, int], Sequence[Path]],
+    files: Callable[[int, int], Sequence[str]],
 ) -> tuple[LogMetrics, SaveCheckpoints]:
     """The two hooks for a run at `state`; what stands between them runs between them."""
     # the last line that was written until there: an epoch's lines stand at multiples of log_every

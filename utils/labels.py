@@ -11,42 +11,37 @@ An image whose lists are empty is a negative. Boxes are kept exactly as they are
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import stat
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
 
 import numpy as np
 
-from utils import files, images, label_files, log
+from utils import array_file, files, label_checks, label_files, log
 from utils.errors import InputError
+from utils.label_files import Split
 from utils.shared_config import OnError
+from utils.tree import Folder, Tree
 
-FORMAT = 2  # of the cache; raise it with its content or with a check
-ARRAYS = ("ids", "sizes", "offsets", "boxes", "labels")
-WORDS = ("classes", "files", "problems")
-# A damaged cache is a stale one; RuntimeError is zipfile's for flags that only a flipped bit can have set.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
+FORMAT = 3  # of the cache; raise it with its content or with a check
+ARRAYS = ("ids", "numbers", "sizes", "offsets", "boxes", "labels")
+WORDS = ("classes", "problems")
 SHOWN = 50  # lines of an error
 
 
 @dataclass(frozen=True)
 class LabelIndex:
-    """One split. Image i is `root/split/files[i]`; its boxes are rows offsets[i] to offsets[i + 1]."""
+    """One split. Image i is the tree's file numbers[i]; its boxes are rows offsets[i] to offsets[i + 1]."""
 
-    root: Path
+    tree: Tree
     split: str
     classes: tuple[str, ...]  # labels 1..C in this order; 0 is background
     ids: np.ndarray  # (N,) int64, from the file names, ascending
-    files: tuple[str, ...]
+    numbers: np.ndarray  # (N,) int64, of the images in the tree
     sizes: np.ndarray  # (N, 2) int64: width, height
     offsets: np.ndarray  # (N + 1,) int64
     boxes: np.ndarray  # (M, 4) float64: xmin, ymin, xmax, ymax in pixels
@@ -56,8 +51,13 @@ class LabelIndex:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def path(self, i: int) -> Path:
-        return self.root / self.split / self.files[i]
+    def shown(self, i: int) -> str:
+        """The path of image i, for messages."""
+        return self.tree.shown(int(self.numbers[i]))
+
+    def read(self, i: int) -> bytes:
+        """The image file i. Raises: InputError naming it."""
+        return self.tree.read(int(self.numbers[i]))
 
     def target(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (k, 4) float64 and labels (k,) int64 of image i."""
@@ -65,15 +65,17 @@ class LabelIndex:
         return self.boxes[rows], self.labels[rows]
 
 
-def load(root: Path, split: str, *, classes: Sequence[str] | None, on_error: OnError, cache: Path) -> LabelIndex:
+def load(tree: Tree, split: str, *, classes: Sequence[str] | None, on_error: OnError, cache: Path) -> LabelIndex:
     """One split; see `load_splits`."""
-    return load_splits(root, {split: cache}, classes=classes, on_error=on_error)[0]
+    return load_splits(tree, {split: cache}, classes=classes, on_error=on_error)[0]
 
 
 def load_splits(
-    root: Path, caches: Mapping[str, Path], *, classes: Sequence[str] | None, on_error: OnError
+    tree: Tree, caches: Mapping[str, Path], *, classes: Sequence[str] | None, on_error: OnError
 ) -> list[LabelIndex]:
     """The splits that are keys of `caches`, each from its cache file if no label or image has changed since.
+
+    Of an archive the content decides that; of a folder names, sizes and times.
 
     Args:
         classes: in the order of their labels; None: from `classes.txt` beside the splits, else the sorted
@@ -83,105 +85,90 @@ def load_splits(
 
     Raises: InputError listing every problem of all splits, or when a split is missing or has nothing usable.
     """
-    root = Path(root)
-    if not any((root / split).is_dir() for split in caches) and (root / "labeled").is_dir():
-        root = root / "labeled"
-    if classes is None and (root / "classes.txt").is_file():
-        classes = read_classes(root / "classes.txt")
     indexes = []
-    for split, cache in caches.items():
-        if classes is None and split != "training":
-            classes = _training_names(root)
+    for name, cache in caches.items():
+        split = Split(tree, name, caches)
         with files.lock(cache.with_suffix(".lock")):
-            indexes.append(_index(root, split, classes, cache))
+            indexes.append(_index(split, classes, cache))
         classes = indexes[-1].classes
     if any(index.problems for index in indexes):
-        listing = _listing(root, indexes)
+        listing = _listing(Split(tree, "training", caches), indexes)
         if on_error == "error":
             raise InputError(f"{listing}\nCorrect them, or leave them out with data.on_error=skip.")
         log.warning(f"left out: {listing}")
     for index in indexes:
         if not len(index):
-            raise InputError(f"{root / index.split}: none of its images is usable")
+            raise InputError(f"{Split(tree, index.split, caches)}: none of its images is usable")
     return indexes
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
     """The class names of a text file, one a line. Raises: InputError."""
     try:
-        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        return label_files.parse_classes(path.read_bytes(), str(path))
+    except OSError as error:
         raise InputError(f"classes {path}: {error}") from None
-    if not names or len(set(names)) != len(names):
-        raise InputError(f"classes {path}: expected one distinct name a line, got {len(names)} names")
-    for name in names:
-        if not label_files.is_class_name(name):
-            raise InputError(f"classes {path}: {brief(name)}: at most {label_files.LONGEST_NAME} printable characters")
-    return names
 
 
-def _listing(root: Path, indexes: Sequence[LabelIndex]) -> str:
+def _listing(split: Split, indexes: Sequence[LabelIndex]) -> str:
     problems = [problem for index in indexes for problem in index.problems]
-    lines = [f"{root}: {len(problems)} unusable images, labels or boxes", *problems[:SHOWN]]
+    lines = [f"{split.root}: {len(problems)} unusable images, labels or boxes", *problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"... and {len(problems) - SHOWN} more")
-    counts = [(index.path(i), len(index.target(i)[1])) for index in indexes for i in range(len(index))]
-    if empty := [str(path.relative_to(root)) for path, count in counts if count == 0]:
-        lines.append(f"{len(empty)} images without a usable box are negatives, no problem: {brief(empty)}")
+    empty = [index.numbers[np.diff(index.offsets) == 0].tolist() for index in indexes]
+    if names := [split.short(number) for number in chain.from_iterable(empty)]:
+        lines.append(f"{len(names)} images without a usable box are negatives, no problem: {brief(names)}")
     return "\n  ".join(lines)
 
 
-def _training_names(root: Path) -> tuple[str, ...]:
-    texts = label_files.scan(root, "training", "labels", label_files.YAML_SUFFIXES)
-    return label_files.class_names(label_files.read(root, "training", texts))
-
-
-def _index(root: Path, split: str, classes: Sequence[str] | None, cache: Path) -> LabelIndex:
-    """The split with its problems, from `cache` if that shows the same files."""
-    pictures = label_files.scan(root, split, "images", images.SUFFIXES)
-    texts = label_files.scan(root, split, "labels", label_files.YAML_SUFFIXES)
-    if not pictures:
-        raise InputError(f"{root / split / 'images'}: no images ({', '.join(images.SUFFIXES)})")
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, split, classes, pictures, texts]).encode()).hexdigest()
-    with contextlib.suppress(*UNREADABLE):
-        if content := _saved(cache, fingerprint):
-            return LabelIndex(root=root, split=split, **content)
-    log.info(f"{root / split}: reading {len(texts)} labels, checking {len(pictures)} images")
-    index = _build(root, split, classes, pictures, texts)
-    arrays = {name: getattr(index, name) for name in ARRAYS}
-    words = np.array(json.dumps({name: getattr(index, name) for name in WORDS}))
-    files.write_atomic(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), words=words, **arrays))
+def _index(split: Split, classes: Sequence[str] | None, cache: Path) -> LabelIndex:
+    """The split with its problems, from `cache` if that is of the same files."""
+    key, first = _key(split, classes)
+    if saved := array_file.load(cache, key):
+        words = {name: tuple(saved[name]) for name in WORDS}
+        numbers = saved["numbers"] + first
+        return LabelIndex(tree=split.tree, split=split.name, **{**saved, **words, "numbers": numbers})
+    log.info(f"{split}: reading {len(split.texts)} labels, checking {len(split.pictures)} images")
+    index = _build(split, classes)
+    arrays = {name: getattr(index, name) for name in ARRAYS} | {"numbers": index.numbers - first}
+    array_file.save(cache, key, {name: getattr(index, name) for name in WORDS}, arrays)
     return index
 
 
-def _saved(cache: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What a cache holds if it is of these files; nothing of a file that somebody else could have written."""
-    status = cache.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o002:
-        return None
-    with np.load(cache, allow_pickle=False) as saved:
-        if saved["fingerprint"].item() != fingerprint:
-            return None
-        words = {name: tuple(value) for name, value in json.loads(saved["words"].item()).items()}
-        return words | {name: saved[name] for name in ARRAYS}
+def _key(split: Split, classes: Sequence[str] | None) -> tuple[str, int]:
+    """What an index is made of, hashed, and the number that its cache counts numbers of images from.
+
+    In a folder, other files come and go, the cache itself perhaps, and the numbers of images with them.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, split.name, classes]).encode())
+    tree = split.tree
+    if not isinstance(tree, Folder):
+        digest.update(tree.fingerprint.encode())
+        return digest.hexdigest(), 0
+    first = int(split.pictures[0])
+    watched = np.concatenate([split.pictures, split.texts])
+    if classes is None:
+        watched = np.concatenate([watched, split.classes_file, *([] if split.is_training else [split.training.texts])])
+    digest.update((split.pictures - first).tobytes())
+    digest.update("\0".join(map(split.short, watched.tolist())).encode(errors="surrogateescape"))
+    digest.update(np.array([tree.stamp(number) for number in watched.tolist()]).tobytes())
+    return digest.hexdigest(), first
 
 
-def _build(
-    root: Path, split: str, classes: Sequence[str] | None, pictures: label_files.Scan, texts: label_files.Scan
-) -> LabelIndex:
-    documents = label_files.read(root, split, texts)
-    names = tuple(classes or label_files.class_names(documents))
+def _build(split: Split, classes: Sequence[str] | None) -> LabelIndex:
+    documents = label_files.read(split)
+    names = tuple(classes or label_files.class_names(split, documents))
     if not names:
-        raise InputError(f"{root / split}: its labels name no class; give data.classes")
-    examples, problems = label_files.check(root, split, names, pictures, documents)
+        raise InputError(f"{split}: its labels name no class; give data.classes")
+    examples, problems = label_checks.check(split, names, documents)
     counts = [len(example.labels) for example in examples]
-    log.info(f"{root / split}: {len(examples)} images, {counts.count(0)} of them without a box (negatives)")
+    log.info(f"{split}: {len(examples)} images, {counts.count(0)} of them without a box (negatives)")
     return LabelIndex(
-        root=root,
-        split=split,
+        tree=split.tree,
+        split=split.name,
         classes=names,
         ids=np.array([example.id for example in examples], dtype=np.int64),
-        files=tuple(example.file for example in examples),
+        numbers=np.array([example.number for example in examples], dtype=np.int64),
         sizes=np.array([example.size for example in examples], dtype=np.int64).reshape(-1, 2),
         offsets=np.cumsum([0, *counts], dtype=np.int64),
         boxes=np.array(list(chain.from_iterable(example.boxes for example in examples)), float).reshape(-1, 4),

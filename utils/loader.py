@@ -25,7 +25,7 @@ WAIT = 0.7  # of the time that ranks wait for each other: the cause is known bef
 Key = tuple[int, int]  # (epoch, index)
 
 
-class GlobalBatches(Sampler[list[Key]]):
+class GlobalBatches(Sampler[Any]):
     """This rank's share of each shuffled global batch; the global batches do not depend on the number of ranks.
 
     Examples that do not fill a last batch are left out of that epoch.
@@ -47,12 +47,14 @@ class GlobalBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return self.length // self.batch_size - self.done
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        share = self.batch_size // dist.size()
-        mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    def __iter__(self) -> Iterator[Any]:
         order = self._order(self.epoch)
         for batch in range(self.done, self.done + len(self)):
-            yield [(self.epoch, int(index)) for index in self._batch(order, batch)[mine]]
+            yield self._share(batch, self._batch(order, batch))
+
+    def _share(self, batch: int, examples: np.ndarray) -> Any:
+        """What this rank's dataset is asked for: its part of the global batch's examples, as `Key`s."""
+        return [(self.epoch, int(index)) for index in mine(examples)]
 
     def indices(self, epoch: int, batch: int) -> list[int]:
         """The examples of all ranks in one batch."""
@@ -63,6 +65,12 @@ class GlobalBatches(Sampler[list[Key]]):
 
     def _batch(self, order: np.ndarray, batch: int) -> np.ndarray:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def mine(examples: np.ndarray) -> np.ndarray:
+    """This rank's part of what belongs to a global batch."""
+    share = len(examples) // dist.size()
+    return examples[dist.rank() * share : (dist.rank() + 1) * share]
 
 
 class WholeBatches(Sampler[list[int]]):
@@ -117,6 +125,11 @@ def seeded(*numbers: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def whole(batch: Any) -> Any:
+    """The `collate` of a data set that makes whole batches itself."""
+    return batch
 
 
 def make(

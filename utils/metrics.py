@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.errors import InputError
 from utils.files import write_text
 
 
@@ -43,3 +45,21 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def newest(path: Path) -> dict[str, Any]:
+    """The newest value of everything in a metrics file: its last record of each kind, the later over the earlier.
+
+    Other lines are not parsed: status asks this of many long files. Raises: InputError when one of them is damaged.
+    """
+    last: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for line in file:
+            if line.endswith("\n"):
+                kind = line[: line.find(",")]  # `{"kind": "train"`
+                last.pop(kind, None)
+                last[kind] = line
+    try:
+        return {key: value for line in last.values() for key, value in json.loads(line).items()}
+    except ValueError:
+        raise InputError(f"{path}: a line is damaged") from None

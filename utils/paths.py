@@ -68,7 +68,7 @@ class RunDir:
 
     def label_index(self, split: str) -> Path:
         """The cached label index of one split, shared by the stages of a chain."""
-        return self.path.parent / "labels" / f"{split}.npz"
+        return self.path.parent / "labels" / f"{split}.index"
 
     @property
     def archives(self) -> Path:
@@ -122,15 +122,24 @@ class ChainDir:
         return self.path / ".lock"
 
 
-def staging_root(run_dir: RunDir) -> Path:
-    """Where archives are unpacked: the job's own node-local disk, the site's scratch, or the chain's directory.
+def chains() -> list[str]:
+    """The names of the chains that have a directory."""
+    return [path.name for path in RUNS.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
+
+
+def node_disk() -> Path | None:
+    """The node's own disk, if the site names one.
 
     `SLURM_TMPDIR` is set by many sites per job; `RELAY_SCRATCH` is ours, from `slurm/site.sh`.
     """
-    for variable in ("SLURM_TMPDIR", "RELAY_SCRATCH"):
-        if value := os.environ.get(variable):
-            return Path(value) / "relay"
-    return run_dir.path.parent / "staged"
+    value = os.environ.get("SLURM_TMPDIR") or os.environ.get("RELAY_SCRATCH")
+    return Path(os.path.abspath(value)) if value else None
+
+
+def staging_root(run_dir: RunDir) -> Path:
+    """Where archives are copied or unpacked, and indexed: the node's own disk, or the chain's directory."""
+    disk = node_disk()
+    return disk / "relay" if disk else run_dir.path.parent / "staged"
 
 
 def make_private(folder: Path) -> None:
@@ -159,6 +168,11 @@ def make_private(folder: Path) -> None:
 def set_aside(path: Path) -> Path:
     """Rename `path` to the first free `<name>.1`, `<name>.2`, ...: work is never deleted. Returns the new path."""
     return path.rename(free_name(path))
+
+
+def is_set_aside(name: str) -> bool:
+    """Whether a folder is one that `set_aside` made."""
+    return name.rpartition(".")[2].isdecimal()
 
 
 def free_name(path: Path) -> Path:

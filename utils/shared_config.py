@@ -7,11 +7,12 @@ from typing import Literal
 
 ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
+Stage = Literal["direct", "unpack", "mount"]  # what is done with an archive of data, see utils/squashfs.py
 DeviceName = Literal["auto", "cpu", "cuda"]
 # Where and how fast a stage runs, never which result it has: what is done stays done when these change.
 MACHINE_KEYS = frozenset(
     {"run_dir", "resume", "device", "workers", "log_every", "collective_timeout", "allow_world_change"}
-    | {"checkpoint.every_steps", "checkpoint.every_minutes"}
+    | {"checkpoint.every_steps", "checkpoint.every_minutes", "data.stage", "data.cache", "evaluator"}
 )
 Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 

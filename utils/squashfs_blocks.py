@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from utils.errors import InputError
 from utils.squashfs_codecs import decompressor
@@ -17,6 +18,22 @@ METADATA_BLOCK = 8192
 UNCOMPRESSED = 1 << 24  # flag in a data block's size
 
 
+class Tail(NamedTuple):
+    """The end of a file that shares a block, a fragment, with the ends of others."""
+
+    position: int  # of the shared block
+    stored: int  # its size with the UNCOMPRESSED flag
+    offset: int  # in the shared block when that is decompressed
+
+
+class Damaged(InputError):
+    """An archive that says what cannot be."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: damaged squashfs archive: {what}; copy or build it again")
+        self.what = what
+
+
 class Blocks:
     """An open archive file. Nothing in it is trusted: every position and size is checked.
 
@@ -24,14 +41,14 @@ class Blocks:
     something this machine cannot decompress; the methods raise it, with the file's name, for damage.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, source: Path | None = None) -> None:
+        self.path = source or path  # for messages
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
         self.metadata = lru_cache(1024)(self._read_metadata)
-        self.fragment = lru_cache(8)(self._read_fragment)
+        self._fragment = lru_cache(8)(self._read_fragment)
         try:
             self._read_superblock()
         except BaseException:
@@ -39,26 +56,72 @@ class Blocks:
             raise
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def fail(self, what: str) -> NoReturn:
-        raise InputError(f"{self.path}: damaged squashfs archive: {what}; copy or build it again")
+        raise Damaged(self.path, what)
 
-    def data(self, position: int, size: int) -> bytes:
-        """The data block at `position`; `size` is its stored size with the UNCOMPRESSED flag."""
-        stored = size & (UNCOMPRESSED - 1)
-        if stored > self.block_size:
-            self.fail(f"a block of {stored} bytes at byte {position}")
-        data = self._read(position, stored)
-        return data if size & UNCOMPRESSED else self._unpack(position, data, self.block_size)
+    def whole(self, name: str, size: int, start: int, sizes: Sequence[int], tail: Tail | None) -> bytes:
+        """A file's content at once, see `content`; what is stored as it is, by one read.
+
+        `sizes` is a memoryview of 32-bit numbers, one a block.
+        """
+        try:
+            if sizes and not tail and self._are_raw(sizes, size):
+                return self._read(start, size)
+            if tail and not sizes and tail.offset + size <= tail.stored ^ UNCOMPRESSED <= self.block_size:
+                return self._read(tail.position + tail.offset, size)
+        except Damaged as error:
+            raise Damaged(self.path, f"the file {name!r}: {error.what}") from None
+        return b"".join(self.content(name, size, start, sizes, tail))
+
+    def _are_raw(self, sizes: Sequence[int], size: int) -> bool:
+        """Whether all blocks of a file of `size` bytes are stored as they are."""
+        if sizes[-1] != (size - 1) % self.block_size + 1 | UNCOMPRESSED:
+            return False
+        raw = self.block_size | UNCOMPRESSED
+        return len(sizes) == 1 or all(stored == raw for stored in sizes[:-1])
+
+    def content(self, name: str, size: int, start: int, sizes: Iterable[int], tail: Tail | None) -> Iterator[bytes]:
+        """A file of `size` bytes in chunks of at most the block size: its blocks from byte `start` on, then its tail.
+
+        `sizes` are the blocks' stored sizes with the UNCOMPRESSED flag; 0 is a hole.
+        """
+        left = size
+        try:
+            for stored in sizes:
+                expected = min(left, self.block_size)
+                chunk = self._data(start, stored, expected) if stored else bytes(expected)
+                if len(chunk) != expected:
+                    self.fail(f"a block of {len(chunk)} bytes instead of {expected}")
+                start += stored & (UNCOMPRESSED - 1)
+                left -= expected
+                yield chunk
+            if tail:
+                chunk = self._fragment(tail.position, tail.stored)[tail.offset : tail.offset + left]
+                if len(chunk) != left:
+                    self.fail("its end is missing")
+                yield chunk
+        except Damaged as error:
+            raise Damaged(self.path, f"the file {name!r}: {error.what}") from None
+
+    def tail(self, index: int, offset: int) -> Tail:
+        """The tail at `offset` in the fragment with this index."""
+        if index >= self._fragments:
+            self.fail(f"fragment {index} of {self._fragments}")
+        table = int.from_bytes(self._read(self._fragment_table + index // 512 * 8, 8), "little")
+        position, stored, _ = struct.unpack("<QII", Cursor(self, table, index % 512 * 16).read(16))
+        if position > self.size:
+            self.fail(f"fragment {index} at byte {position} of {self.size}")
+        return Tail(position, stored, offset)
 
     def _read_superblock(self) -> None:
-        data = os.pread(self._descriptor, SUPERBLOCK.size, 0)
+        data = os.pread(self.descriptor, SUPERBLOCK.size, 0)
         if len(data) < SUPERBLOCK.size or int.from_bytes(data[:4], "little") != MAGIC:
             raise InputError(f"{self.path}: not a squashfs archive; give one made by mksquashfs or a folder")
         (_, _, _, self.block_size, self._fragments, method, block_log, _, _, *version, self.root, self.size,
          _, _, self.inodes, self.directories, self._fragment_table, _) = SUPERBLOCK.unpack(data)  # fmt: skip
-        actual = os.fstat(self._descriptor).st_size
+        actual = os.fstat(self.descriptor).st_size
         if version != [4, 0]:
             raise InputError(f"{self.path}: squashfs version {version}, only 4.0 can be read; repack it")
         if actual < self.size:
@@ -75,7 +138,7 @@ class Blocks:
     def _read(self, position: int, size: int) -> bytes:
         if position + size > self.size:
             self.fail(f"it points to byte {position + size} of {self.size}")
-        data = os.pread(self._descriptor, size, position)
+        data = os.pread(self.descriptor, size, position)
         if len(data) != size:
             self.fail(f"it ended while byte {position} was read")
         return data
@@ -97,13 +160,16 @@ class Blocks:
             self.fail(f"the metadata block at byte {position} has {len(data)} bytes")
         return data, position + 2 + size
 
-    def _read_fragment(self, index: int) -> bytes:
-        """The block that holds the ends of several files."""
-        if index >= self._fragments:
-            self.fail(f"fragment {index} of {self._fragments}")
-        table = int.from_bytes(self._read(self._fragment_table + index // 512 * 8, 8), "little")
-        position, size, _ = struct.unpack("<QII", Cursor(self, table, index % 512 * 16).read(16))
-        return self.data(position, size)
+    def _data(self, position: int, size: int, limit: int) -> bytes:
+        """The data block at `position`; `size` is its stored size with the UNCOMPRESSED flag."""
+        stored = size & (UNCOMPRESSED - 1)
+        if stored > self.block_size:
+            self.fail(f"a block of {stored} bytes at byte {position}")
+        data = self._read(position, stored)
+        return data if size & UNCOMPRESSED else self._unpack(position, data, limit)
+
+    def _read_fragment(self, position: int, stored: int) -> bytes:
+        return self._data(position, stored, self.block_size)
 
 
 class Cursor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import importlib
+import threading
 import zlib
 from collections.abc import Callable
 
@@ -15,9 +16,14 @@ Decompress = Callable[[bytes, int], bytes]
 METHODS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 LZMA_MEMORY = 64 << 20  # a block is at most 1 MiB, so is an honest dictionary
 
+# Bytes that are written to before anybody else has them: no zeroes first, and no copy after.
+_unwritten = ctypes.pythonapi.PyBytes_FromStringAndSize
+_unwritten.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+_unwritten.restype = ctypes.py_object
+
 
 def decompressor(method: int) -> Decompress:
-    """The function `(data, limit) -> bytes` for a superblock's compression id.
+    """The function `(data, limit) -> bytes` for a superblock's compression id; threads may share it.
 
     It returns at most `limit` bytes and raises ValueError when the data is damaged or would give more.
 
@@ -76,18 +82,34 @@ def _library(name: str, soname: str) -> ctypes.CDLL:
         return ctypes.CDLL(ctypes.util.find_library(name) or soname)
 
 
+class _ZstdContext(threading.local):
+    """What zstd works in, 150 KB, kept by each thread: to get it anew costs as much as a small block."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._free = library.ZSTD_freeDCtx
+        self.pointer = ctypes.c_void_p(library.ZSTD_createDCtx())
+        if not self.pointer:
+            raise MemoryError("zstd: no memory for a context")
+
+    def __del__(self) -> None:
+        self._free(self.pointer)
+
+
 def _zstd(library: ctypes.CDLL) -> Decompress:
-    call, failed = library.ZSTD_decompress, library.ZSTD_isError
-    call.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+    call, failed = library.ZSTD_decompressDCtx, library.ZSTD_isError
+    library.ZSTD_createDCtx.restype = ctypes.c_void_p
+    library.ZSTD_freeDCtx.argtypes = [ctypes.c_void_p]
+    call.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
     call.restype = ctypes.c_size_t
     failed.argtypes = [ctypes.c_size_t]
+    context = _ZstdContext(library)
 
     def decompress(data: bytes, limit: int) -> bytes:
-        buffer = ctypes.create_string_buffer(limit)
-        size = call(buffer, limit, data, len(data))
+        output = _unwritten(None, limit)
+        size = call(context.pointer, output, limit, data, len(data))
         if failed(size):
             raise ValueError("damaged zstd block")
-        return buffer.raw[:size]
+        return output if size == limit else output[:size]
 
     return decompress
 
@@ -97,10 +119,10 @@ def _lz4(library: ctypes.CDLL) -> Decompress:
     call.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
 
     def decompress(data: bytes, limit: int) -> bytes:
-        buffer = ctypes.create_string_buffer(limit)
-        size = call(data, buffer, len(data), limit)
+        output = _unwritten(None, limit)
+        size = call(data, output, len(data), limit)
         if size < 0:
             raise ValueError("damaged lz4 block")
-        return buffer.raw[:size]
+        return output if size == limit else output[:size]
 
     return decompress

@@ -5,8 +5,6 @@ squashfs has no checksum over its data: with one flipped bit an archive unpacks 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 
 from utils import files
@@ -33,10 +31,8 @@ def remember(archive: Path, digest: str, record: Path) -> None:
         compare(archive, digest, record)
 
 
-def of_folder(folder: Path) -> str:
-    """A hash of the names and sizes of all files below `folder`."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            found.append(os.fsencode(path.relative_to(folder)) + b"\0%d\n" % path.lstat().st_size)
-    return hashlib.sha256(b"".join(sorted(found))).hexdigest()
+def settle(archive: Path, digest: str, record: Path | None) -> None:
+    """Compare with what is written, and write to `record` if nothing is. Raises: InputError."""
+    compare(archive, digest, record)
+    if record and not record.exists():
+        remember(archive, digest, record)

@@ -12,12 +12,14 @@ the memory. Format: https://dr-emann.github.io/squashfs/
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.squashfs_blocks import METADATA_BLOCK, UNCOMPRESSED, Blocks, Cursor
+from utils.errors import InputError
+from utils.squashfs_blocks import METADATA_BLOCK, Blocks, Cursor, Tail
 
 KINDS = ("directory", "file", "symlink", "block device", "character device", "fifo", "socket")
 NO_FRAGMENT = 0xFFFFFFFF
@@ -36,17 +38,43 @@ class Entry(NamedTuple):
     where: tuple[int, ...]
 
 
+def danger(entry: Entry) -> str | None:
+    """Why an entry is refused. A link is safe if it is relative and its `..` stay inside, all at its start.
+
+    Only leading `..` can be counted against the path: after a name, which may be another link, they cannot.
+    """
+    if entry.kind == "file":
+        return "setuid or setgid" if entry.mode & (stat.S_ISUID | stat.S_ISGID) else None
+    if entry.kind == "symlink":
+        steps = [step for step in entry.target.split("/") if step not in ("", ".")]
+        ups = steps.count("..")
+        leaves = entry.target.startswith("/") or ups > entry.path.count("/") or ".." in steps[ups:]
+        return f"a link that leaves the archive, to {entry.target!r}" if leaves else None
+    return None if entry.kind == "directory" else f"a {entry.kind}"
+
+
 class Reader:
     """An open archive and context manager. Raises: InputError, see `Blocks`."""
 
     def __init__(self, path: str | Path) -> None:
         self._blocks = Blocks(Path(path))
+        # As many bytes of inodes as can be packed into the table of them: each block takes 3 bytes or more.
+        self.inode_bytes = (self._blocks.directories - self._blocks.inodes) // 3 * METADATA_BLOCK
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._blocks.close()
+
+    def safe_walk(self) -> Iterator[Entry]:
+        """`walk`, which ends at the first entry that `danger` refuses. Raises: InputError."""
+        for entry in self.walk():
+            if problem := danger(entry):
+                raise InputError(
+                    f"{self._blocks.path}: {entry.path!r} is {problem}; refused, pack plain files and folders"
+                )
+            yield entry
 
     def walk(self) -> Iterator[Entry]:
         """Every name in the archive but the root; a directory comes before what it holds."""
@@ -75,24 +103,29 @@ class Reader:
 
     def read(self, entry: Entry) -> Iterator[bytes]:
         """The content of a file, in chunks of at most the archive's block size (1 MiB or less)."""
-        blocks, left = self._blocks, entry.size
-        position, fragment, offset, reference, fixed = entry.where
-        sizes = self._at_inode(reference)
-        sizes.read(fixed)
-        while left >= blocks.block_size or (left and fragment == NO_FRAGMENT):
-            expected = min(left, blocks.block_size)
-            size = int.from_bytes(sizes.read(4), "little")
-            chunk = blocks.data(position, size) if size else bytes(expected)  # size 0: a hole
-            if len(chunk) != expected:
-                blocks.fail(f"a block of {entry.path!r} has {len(chunk)} bytes instead of {expected}")
-            position += size & (UNCOMPRESSED - 1)
-            left -= expected
-            yield chunk
+        sizes = (size for some in self.sizes(entry) for (size,) in struct.iter_unpack("<I", some))
+        return self._blocks.content(entry.path, entry.size, entry.where[0], sizes, self.tail(entry))
+
+    def tail(self, entry: Entry) -> Tail | None:
+        """The end of a file if it shares a block with others."""
+        _, fragment, offset, _, _ = entry.where
+        if not entry.size % self._blocks.block_size or fragment == NO_FRAGMENT:
+            return None
+        return self._blocks.tail(fragment, offset)
+
+    def sizes(self, entry: Entry) -> Iterator[bytes]:
+        """The stored sizes of a file's blocks, 4 bytes each, some at a time: an archive can claim very many."""
+        _, fragment, _, reference, fixed = entry.where
+        left = 4 * (entry.size // self._blocks.block_size)
+        if entry.size % self._blocks.block_size and fragment == NO_FRAGMENT:
+            left += 4
         if left:
-            chunk = blocks.fragment(fragment)[offset : offset + left]
-            if len(chunk) != left:
-                blocks.fail(f"the end of {entry.path!r} is missing")
-            yield chunk
+            cursor = self._at_inode(reference)
+            cursor.read(fixed)
+        while left:
+            some = cursor.read(min(left, METADATA_BLOCK))
+            left -= len(some)
+            yield some
 
     def _at_inode(self, reference: int) -> Cursor:
         """A reference is 48 bits of block position and 16 bits of offset in that block."""

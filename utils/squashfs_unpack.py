@@ -7,33 +7,24 @@ import ctypes
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from utils import env
 from utils.errors import EnvironmentProblem, InputError
 from utils.progress import Progress
-from utils.squashfs_reader import Entry, Reader
+from utils.squashfs_once import say
+from utils.squashfs_reader import Reader
 
 PAGE = 4096  # what even a tiny file takes on disk
 MARGIN = 1.02  # of the space needed, for directories and block lists
 
 
-def say(text: str) -> None:
-    """Tell the user, once per node: every rank of a job stages, one of them unpacks."""
-    if env.world().local_rank == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
 def check(archive: Path, reader: Reader, folder: Path) -> tuple[int, int]:
     """Number and bytes of the archive's files, if they are harmless and fit on `folder`'s disk."""
     files = size = pages = 0
-    for entry in reader.walk():
-        if problem := _danger(entry):
-            raise InputError(f"{archive}: {entry.path!r} is {problem}; refused, pack plain files and folders")
+    for entry in reader.safe_walk():
         files += entry.kind != "directory"
         size += entry.size
         pages += -(-entry.size // PAGE)
@@ -46,21 +37,6 @@ def check(archive: Path, reader: Reader, folder: Path) -> tuple[int, int]:
     if disk.f_files and files > disk.f_favail:  # 0: a file system without a fixed number of inodes
         raise EnvironmentProblem(f"{archive} has {files} files, {folder} has {disk.f_favail} inodes free")
     return files, size
-
-
-def _danger(entry: Entry) -> str | None:
-    """Why an entry is refused. A link is safe if it is relative and its `..` stay inside, all at its start.
-
-    Only leading `..` can be counted against the path: after a name, which may be another link, they cannot.
-    """
-    if entry.kind == "file":
-        return "setuid or setgid" if entry.mode & (stat.S_ISUID | stat.S_ISGID) else None
-    if entry.kind == "symlink":
-        steps = [step for step in entry.target.split("/") if step not in ("", ".")]
-        ups = steps.count("..")
-        leaves = entry.target.startswith("/") or ups > entry.path.count("/") or ".." in steps[ups:]
-        return f"a link that leaves the archive, to {entry.target!r}" if leaves else None
-    return None if entry.kind == "directory" else f"a {entry.kind}"
 
 
 def extract(archive: Path, reader: Reader, tree: Path, size: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from utils.errors import InputError
+
+LARGEST = 1 << 29  # bytes that are read at once: more than an image of images.MAX_PIXELS takes
+NO_FILE = "not a file, or a link to none"
+TOO_LARGE = f"over the limit of {LARGEST >> 20} MiB for a file"
 
 
 class Tree(Protocol):
@@ -53,14 +59,21 @@ class Tree(Protocol):
 
 
 class Folder:
-    """Everything in a folder but folders; links to files count as files, links to folders are not followed."""
+    """Everything in a folder but folders; links to files count as files, links to folders are not followed.
 
-    def __init__(self, root: Path) -> None:
+    `fingerprint` is that of the archive it was unpacked from, and `but` the name of a file that was not in there.
+    """
+
+    def __init__(self, root: Path, *, fingerprint: str | None = None, but: str | None = None) -> None:
         self.root = Path(os.path.abspath(root))
+        if fingerprint:
+            self.fingerprint = fingerprint
+        self._start = os.path.join(self.root, "")
         names = []
         for parent, _, found in os.walk(self.root, onerror=_refuse):
-            names += [os.path.relpath(os.path.join(parent, name), self.root) for name in found]
-        self._names = sorted(names)
+            folder = os.path.join(parent, "")[len(self._start) :]
+            names += [folder + name for name in found]
+        self._names = sorted(name for name in names if name != but)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,27 +90,41 @@ class Folder:
         return self._names[number]
 
     def shown(self, number: int) -> str:
-        return str(self.root / self._names[number])
+        return self._start + self._names[number]
 
     def stamp(self, number: int) -> tuple[int, int]:
-        path = self.root / self._names[number]
+        path = self._start + self._names[number]
         try:
-            status = path.stat()
+            status = os.stat(path)
         except OSError:
-            status = path.lstat()
+            status = os.lstat(path)
         return status.st_size, status.st_mtime_ns
 
     def find(self, folder: str = "", suffixes: Sequence[str] = (), *, deep: bool = True) -> np.ndarray:
         return matching(self._names, folder, suffixes, deep)
 
     def problem(self, number: int) -> str | None:
-        return None if (self.root / self._names[number]).is_file() else "not a file, or a link to none"
+        try:
+            status = os.stat(self._start + self._names[number])
+        except OSError:
+            return NO_FILE
+        if not stat.S_ISREG(status.st_mode):
+            return NO_FILE
+        return TOO_LARGE if status.st_size > LARGEST else None
+
+    def leads_out(self, number: int) -> str | None:
+        """What a file links to, if that is outside the folder."""
+        path = self._start + self._names[number]
+        if not os.path.islink(path) or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+            return None
+        return os.readlink(path)
 
     def read(self, number: int) -> bytes:
         if problem := self.problem(number):  # opening a FIFO would wait for ever
             raise InputError(f"{self.shown(number)}: {problem}")
         try:
-            return (self.root / self._names[number]).read_bytes()
+            with open(self._start + self._names[number], "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
             raise InputError(f"{self.shown(number)}: {error.strerror}") from None
 
@@ -105,12 +132,12 @@ class Folder:
 def matching(names: Sequence[str], folder: str, suffixes: Sequence[str], deep: bool) -> np.ndarray:
     """`Tree.find` over sorted names."""
     start = f"{folder}/" if folder else ""
+    first, end = (bisect_left(names, start), bisect_left(names, f"{folder}0")) if folder else (0, len(names))
     found = []
-    for number, name in enumerate(names):
-        rest = name[len(start) :]
+    for number in range(first, end):  # "0" is the character after "/"
+        rest = names[number][len(start) :]
         hidden = rest.startswith(".") or "/." in rest
-        fits = not suffixes or rest.lower().endswith(tuple(suffixes))
-        if name.startswith(start) and (deep or "/" not in rest) and not hidden and fits:
+        if (deep or "/" not in rest) and not hidden and rest.lower().endswith(tuple(suffixes) or ""):
             found.append(number)
     return np.array(found, dtype=np.int64)
 

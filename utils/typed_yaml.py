@@ -107,6 +107,48 @@ def parse(text: str | bytes, name: str) -> Any:
         raise InputError(f"{where}: bad YAML: {getattr(error, 'problem', None) or error}") from None
 
 
+# What dumpers write for lists of numbers, of lists of numbers, and of words. Nothing that needs thought: no
+# comments, quotes, exponents or other scripts, no line that could go on in the next one.
+_NUMBER = rb"-?[0-9]{1,15}(?:\.[0-9]{1,17})?"
+_LIST = re.compile(
+    rb"([a-z_]{1,50}):(?: \[\]\n"
+    rb"|\n((?:- - %(number)b\n(?:  - %(number)b\n)*)+)"
+    rb"|\n((?:- %(number)b\n)+)"
+    rb"|\n((?:- [a-zA-Z_]\w*(?:[ -]\w+)*\n)+))" % {b"number": _NUMBER}
+)
+_NOT_WORDS = frozenset({"null", "true", "false"})
+
+
+def parse_lists(text: bytes, name: str) -> Any:
+    """What `parse` gives, many times faster where `text` is nothing but such lists under keys."""
+    value = _plain_lists(text)
+    return parse(text, name) if value is None else value
+
+
+def _plain_lists(text: bytes) -> dict[str, list[Any]] | None:
+    value: dict[str, list[Any]] = {}
+    position = 0
+    while match := _LIST.match(text, position):
+        position = match.end()
+        name, rows, numbers, words = match.groups()
+        items: list[Any] = []
+        if rows:
+            items = [list(map(_number, row.split(b"\n  - "))) for row in rows[4:-1].split(b"\n- - ")]
+        elif numbers:
+            items = list(map(_number, numbers[2:-1].split(b"\n- ")))
+        elif words:
+            items = words[2:-1].decode().split("\n- ")
+        key = name.decode()
+        if key in value or key in _NOT_WORDS or (words and not _NOT_WORDS.isdisjoint(map(str.lower, items))):
+            return None
+        value[key] = items
+    return value if value and position == len(text) else None
+
+
+def _number(text: bytes) -> float:
+    return float(text) if b"." in text else int(text)
+
+
 def _line(text: str | bytes, position: int) -> int:
     """The number of the line that holds byte `position`."""
     return (text.encode() if isinstance(text, str) else text)[:position].count(b"\n") + 1

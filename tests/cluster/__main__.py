@@ -19,7 +19,7 @@ from tests.cluster import GPUS, Cluster
 from tests.cluster.machine import PATH, available
 from utils.errors import InputError, cli
 
-PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server", "squashfs-tools")
+PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server", "squashfs-tools", "squashfuse")
 
 
 def install() -> str:
