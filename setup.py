@@ -24,6 +24,6 @@ setup(
         "pillow>=10",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
     },
 )

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "measure")
+HELPERS = ("__init__", "__main__", "measure", "operators")
 
 
 def main(names: list[str]) -> int:

@@ -2,8 +2,8 @@
 
     python -m bench.labels [--files 30000] [--rounds 3]
 
-The files are as DL-SP22's: dumps of one or two boxes, about 138 bytes. PyYAML's own loaders get one in ten of them, as
-they would take minutes. CPU time, except for loading an index: there the limit is what somebody waits.
+The files are as DL-SP22's: dumps of one or two boxes, about 138 bytes. PyYAML's own loaders get one in thirty of them,
+as they would take minutes. CPU time, except for loading an index: there the limit is what somebody waits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from utils.sample_scenes import scene
 from utils.tree import Folder, Tree
 
 LIMIT = 0.010  # s to load an index
-SHARE = 10  # one in so many files goes to PyYAML
+LOADS = 200  # of the index; their median counts
+SHARE = 30  # one in so many files goes to PyYAML
 PICTURES = 32  # different ones; the other images are hard links to them
 SIDE = 224
 CLASSES = ("cup or mug", "bowl", "lamp", "traffic light", "watch")
@@ -132,7 +133,7 @@ def load_rows(of: Set) -> list[Row]:
 
     anew(of.folder, in_folder := of.cache.with_name("folder.index"))
     anew(of.archive, of.cache)
-    waited = statistics.median(seconds(partial(load, of.archive, of.cache), wall) for _ in range(20))
+    waited = statistics.median(seconds(partial(load, of.archive, of.cache), wall) for _ in range(LOADS))
     ours, bare, ratio = race(partial(load, of.folder, in_folder), partial(scan, of.root), rounds=of.rounds, clock=wall)
     loaded = index(of.archive, of.cache)
     return [

@@ -88,7 +88,7 @@ def build(
         batch_size_per_image=256,
         positive_fraction=0.5,
         pre_nms_top_n=kept,
-        post_nms_top_n=kept,
+        post_nms_top_n=dict(kept),
         nms_thresh=0.7,
     )
     predictor = BoxPredictor(BOX_FEATURES, num_classes)

@@ -186,6 +186,29 @@ def test_a_block_gives_what_is_in_it_and_never_more_than_it_may(method: str, tmp
             decompress(damaged, limit)
 
 
+@pytest.mark.parametrize(
+    "options, old, new, reason",
+    [
+        ("-comp zstd -no-fragments", 5000, 5100, "a block of 5000 bytes instead of 5100"),
+        ("-comp zstd -no-fragments", 5000, 4900, "damaged zstd block"),
+        ("-comp zstd -noF", 5000, 5100, "its end is missing"),
+    ],
+)
+def test_a_file_that_claims_another_length_is_refused(
+    options: str, old: int, new: int, reason: str, tmp_path: Path
+) -> None:
+    """Else it would be read on into what belongs to others."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(b"12345" * (old // 5))
+    archive = pack(tmp_path / "source", tmp_path / "a.sqsh", "-b", "8192", "-noI", *options.split())
+    data = archive.read_bytes()
+    place = data.rindex(struct.pack("<I", old), 0, struct.unpack_from("<Q", data, 72)[0])  # the inode's
+    archive.write_bytes(data[:place] + struct.pack("<I", new) + data[place + 4 :])
+    tree = opened(archive)
+    with pytest.raises(InputError, match=f"the file 'file': .*{reason}"):
+        tree.read(0)
+
+
 def test_an_archive_that_was_exchanged_is_not_read_by_the_old_index(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "file").write_text("x")

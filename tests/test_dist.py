@@ -22,6 +22,7 @@ from utils.paths import RunDir
 with dist.session("cpu", RunDir(Path(sys.argv[1])), timeout=60):
     mine = torch.arange(dist.rank() + 1.0) + 10 * dist.rank()
     assert dist.agree(f"of {dist.rank()}") == "of 0"
+    assert dist.gather_rows(torch.empty(0, 3)).shape == (0, 3)
     alike = dist.gather(torch.full((2, 1), dist.rank()))
     assert alike.flatten().tolist() == [rank for rank in range(dist.size()) for _ in range(2)]
     mean = dist.mean(torch.tensor([float(dist.rank())]))

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader, Dataset
@@ -170,3 +171,11 @@ def test_half_an_image_is_never_made_up() -> None:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     programs = [path for folder in PROGRAMS for path in (ROOT / folder).rglob("*.py")]
     assert programs and not [path for path in programs if "LOAD_TRUNCATED_IMAGES" in path.read_text()]
+
+
+def test_16_bits_of_gray_keep_their_shades() -> None:
+    levels = np.array([[0, 255, 256, 1000], [30000, 32768, 65280, 65535]], np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    decoded = np.asarray(images.decode(content.getvalue(), "gray.png"))
+    assert np.array_equal(decoded, np.repeat((levels >> 8)[..., None], 3, axis=2))

@@ -109,8 +109,7 @@ def agree(value: str) -> str:
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     text = torch.tensor(list(value.encode()), dtype=torch.uint8, device=device)
     length = broadcast(torch.tensor(len(text), device=device))
-    text = broadcast(text if rank() == 0 else text.new_zeros(int(length)))
-    return bytes(text.tolist()).decode()
+    return bytes(broadcast(text if rank() == 0 else text.new_zeros(int(length))).tolist()).decode()
 
 
 def from_rank_0(decide: Callable[[], str]) -> str:
@@ -195,14 +194,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """(n_r, ...) of every rank -> (sum n_r, ...) in rank order, on every rank."""
-    if size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(size())]
-    dist.all_gather(counts, count)
-    longest = int(max(counts))
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(size())]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(gathered, counts, strict=True)])
+    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
+    parts = gather(padded).view(size(), *padded.shape)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

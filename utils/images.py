@@ -23,6 +23,8 @@ STD = (0.229, 0.224, 0.225)
 def decode(content: bytes, name: str) -> Image.Image:
     """The image that is a file's content, as RGB. Raises: InputError naming `name`, the file."""
     with _opened(content, name) as image:
+        if image.mode.startswith("I"):  # 16 bits of gray: Pillow would cut them off at 255, all white
+            return image.point(lambda level: level / 256).convert("RGB")
         return image.convert("RGB")
 
 

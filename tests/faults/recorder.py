@@ -20,8 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ssl_train import augment
 from utils import dist, engine, hooks, loader
 from utils.errors import cli
 from utils.loader import seed_from
@@ -85,13 +87,14 @@ def break_seeds(what: str) -> None:
         engine.torch = Unseeded()  # type: ignore[assignment]
     elif what == "rank-seed":  # every rank draws what rank 0 draws
         engine.seed_from = lambda *numbers: seed_from(*numbers[:2], 0)
-    elif what == "item-seed":  # an item's random numbers come from its worker's generator
+    elif what == "item-seed":  # an item's random numbers come from wherever its worker's generators are
 
         @contextlib.contextmanager
         def unseeded(*numbers: int) -> Iterator[None]:
             yield
 
         loader.seeded = unseeded
+        augment.Streams.at = lambda self, index, which: np.random.default_rng()  # type: ignore[method-assign]
     else:
         raise ValueError(f"{what}: one of {BREAKS}")
 
