@@ -98,12 +98,7 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "equal": (equal_boxes(), {}),
     "crowded": (case((64, 64, 60), (64, 64, 50)), {"box_batch_size": 16, "proposals_train": 100}),
     "more places than proposals": (case((64, 64, 2), (64, 64, 7)), {"box_batch_size": 512}),
-    "levels": (
-        case(
-            (160, 200, 5),
-        ),
-        {"pixels": 160},
-    ),
+    "levels": (case((160, 200, 9), (160, 200, 9)), {"pixels": 160, "proposals_train": 200, "box_batch_size": 256}),
     "frozen": (case((64, 64, 2), (64, 90, 3)), {"norm": "frozen", "trainable_layers": 3}),
 }
 

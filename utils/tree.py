@@ -59,9 +59,10 @@ class Tree(Protocol):
 
 
 class Folder:
-    """Everything in a folder but folders; links to files count as files, links to folders are not followed.
+    """Everything in a folder but folders; links are followed.
 
     `fingerprint` is that of the archive it was unpacked from, and `but` the name of a file that was not in there.
+    Links to folders are not followed then, so that the files are those of the archive.
     """
 
     def __init__(self, root: Path, *, fingerprint: str | None = None, but: str | None = None) -> None:
@@ -70,7 +71,9 @@ class Folder:
             self.fingerprint = fingerprint
         self._start = os.path.join(self.root, "")
         names = []
-        for parent, _, found in os.walk(self.root, onerror=_refuse):
+        for parent, folders, found in os.walk(self.root, onerror=_refuse, followlinks=not fingerprint):
+            here = os.path.join(os.path.realpath(parent), "")
+            folders[:] = [name for name in folders if not here.startswith(_real(parent, name))]  # links back are loops
             folder = os.path.join(parent, "")[len(self._start) :]
             names += [folder + name for name in found]
         self._names = sorted(name for name in names if name != but)
@@ -127,6 +130,10 @@ class Folder:
                 return file.read()
         except OSError as error:
             raise InputError(f"{self.shown(number)}: {error.strerror}") from None
+
+
+def _real(parent: str, name: str) -> str:
+    return os.path.join(os.path.realpath(os.path.join(parent, name)), "")
 
 
 def matching(names: Sequence[str], folder: str, suffixes: Sequence[str], deep: bool) -> np.ndarray:
