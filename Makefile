@@ -6,6 +6,7 @@ SEED ?= 1
 FAULTS ?= 40
 
 BENCH ?=
+TOGETHER ?= 3
 
 .PHONY: demo test check bench chaos cluster-up cluster-down install install-dev
 
@@ -15,7 +16,7 @@ demo: install
 
 test: install-dev check
 	$(BIN)/python -m tests.cluster install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TOGETHER) --dist loadfile # many tests wait for daemons, most of the time
 
 check: install-dev
 	$(BIN)/ruff check .
