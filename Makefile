@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 FAULTS ?= 40
-
 BENCH ?=
 TOGETHER ?= 3
 

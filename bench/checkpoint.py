@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import detect_train.config
 import ssl_train.config
 from detect_train import model as detector
+from detect_train.targets import Targets, pad
 from ssl_train.model import MoCo
 from utils import checkpoint, engine, optim
 from utils.device import describe, kind_of
@@ -40,7 +41,8 @@ def moco(device: torch.device) -> Program:
     size = cfg.augment.image_size
 
     def loss() -> torch.Tensor:
-        logits, labels = model(*(torch.randn(8, 3, size, size, device=device) for _ in range(2)))
+        views = (torch.randn(8, 3, size, size, device=device) for _ in range(2))
+        logits, labels = model(*views, torch.arange(8, device=device))
         return F.cross_entropy(logits, labels)
 
     return cfg, engine.TrainState(model, optim.sgd(model, **asdict(cfg.optim))), loss
@@ -50,11 +52,12 @@ def rcnn(device: torch.device) -> Program:
     """The reference round 1 with 100 classes, and its loss of 1 random image a step."""
     cfg = detect_train.config.parse(["--run-dir", "bench", "--dataset-root", "bench", "--bp", "bench"])
     model = detector.build(num_classes=101, **asdict(cfg.model)).to(device)
-    target = {"boxes": torch.tensor([[50.0, 50, 200, 200]], device=device), "labels": torch.tensor([1], device=device)}
+    target = {"boxes": torch.tensor([[50.0, 50, 200, 200]]), "labels": torch.tensor([1])}
+    targets = Targets(*(part.to(device) for part in pad([target])))
     settings = {name: value for name, value in asdict(cfg.optim).items() if name != "warmup_steps"}
 
     def loss() -> torch.Tensor:
-        losses = model([torch.rand(3, 375, 500, device=device)], [target])
+        losses = model([torch.rand(3, 375, 500, device=device)], targets)
         return torch.stack(list(losses.values())).sum()
 
     return cfg, engine.TrainState(model, optim.sgd(model, **settings)), loss

@@ -8,6 +8,7 @@ the reference recipe, on the CPU ResNet-18 and a batch of 16. Wall time. What th
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import ssl_train.config
@@ -30,8 +32,16 @@ from utils.device import describe, pick, resolve_precision
 from utils.image_cache import Decoded
 from utils.sample_data import UNLABELED, Sample, make
 
-SAMPLE = Sample(unlabeled=256, training=1, validation=1, size=374)  # pictures of 224 pixels for pretraining
+SAMPLE = Sample(unlabeled=512, training=1, validation=1, size=374)  # pictures of 224 pixels for pretraining
+ON_A_GPU = 40  # steps: the first batch, which nothing hides, must not count for much
 GOAL = 0.95
+
+
+class Again(Decoded):
+    """The images over and over: as many as are asked for."""
+
+    def pixels(self, index: int) -> np.ndarray:
+        return super().pixels(index % len(self))
 
 
 class InMemory:
@@ -56,11 +66,11 @@ def run(cores: int, steps: int, rounds: int, archive: Path) -> tuple[float, floa
     if device.type == "cpu":
         torch.set_num_threads(max(1, cores - workers))
     tree = squashfs.stage(archive, archive.parent / "staged", None, cfg.data.stage)
-    views = Views(Decoded(tree), seed=cfg.seed, **asdict(cfg.augment))
-    steps = min(steps, SAMPLE.unlabeled // cfg.batch_size)
+    views = Views(Again(tree), seed=cfg.seed, **asdict(cfg.augment))
+    steps = ON_A_GPU if device.type == "cuda" else steps
     batches = ShuffledBatches(steps * cfg.batch_size, cfg.batch_size, cfg.seed, cfg.model.bn_groups)
     real = loader.make(views, batches, workers=workers, device=device, collate=loader.whole)
-    kept = list(loader.start(real))
+    kept = list(itertools.islice(loader.start(real), 4))
     state = start(cfg, device, None, False, {})
 
     def epoch(source: Any) -> None:
@@ -92,6 +102,7 @@ def main() -> None:
             print(*run(asked.cores, asked.steps, asked.rounds, Path(os.environ["ARCHIVE"])))
             return
         make(Path(folder), SAMPLE)
+        on_a_gpu = pick("auto", 0).type == "cuda"
         rows = []
         for cores in sorted({1, asked.cores}):
             words = ["--alone", "1", "--cores", str(cores), "--steps", str(asked.steps), "--rounds", str(asked.rounds)]
@@ -103,7 +114,15 @@ def main() -> None:
                 check=True,
             )
             ours, memory, ratio = map(float, done.stdout.split()[-3:])
-            rows.append(measure.Row(f"{cores} cores", f"{ours:.1f} images/s", f"{memory:.1f} images/s", ratio, GOAL))
+            rows.append(
+                measure.Row(
+                    f"{cores} cores",
+                    f"{ours:.1f} images/s",
+                    f"{memory:.1f} images/s",
+                    ratio,
+                    None if cores == 1 and on_a_gpu else GOAL,
+                )
+            )
     measure.report(f"Training from an archive, against the same step in memory ({describe(pick('auto', 0))})", rows)
 
 

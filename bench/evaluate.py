@@ -184,7 +184,7 @@ def epilogue(images: int) -> Row:
 
 
 def main() -> None:
-    given = arguments(__doc__, images=1000, rounds=2, epilogue=1000)
+    given = arguments(__doc__, images=5000, rounds=1, epilogue=1000)
     report("evaluate", [*evaluators(given.images, given.rounds), epilogue(given.epilogue)])
 
 

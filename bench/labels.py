@@ -123,7 +123,7 @@ def build_rows(of: Set) -> list[Row]:
         row(of, "label files read; yaml.SafeLoader", partial(read, of.folder), safe, 5),
         row(of, "label files read; yaml.FullLoader", partial(read, of.folder), full, 5),
         row(of, "the same from an archive; yaml.SafeLoader", partial(read, of.archive), safe, 5),
-        row(of, checked, partial(anew, of.folder, of.cache), with_images),
+        row(of, checked, partial(anew, of.folder, of.cache), with_images, 5),
     ]
 
 

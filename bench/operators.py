@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nms", "nonzero", "unique_consecutive"}
 WAITING |= {"_unique", "_unique2", "unique_dim", "repeat_interleave"}
 READING = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # not seen as operators on the CPU
+PUT = ("index_put", "index_put_")
 Operator = Callable[..., Any]
 
 
@@ -57,7 +58,7 @@ class Operators(TorchDispatchMode):
         if operator.namespace in ("aten", "torchvision"):
             if not operator.is_view and name not in ("empty", "empty_like", "new_empty", "empty_strided"):
                 self.by_name[name] += 1
-            if name in WAITING or (name in ("index", "index_put", "index_put_") and _by_mask(args[1])):
+            if name in WAITING or (name == "index" and _by_mask(args[1])) or (name in PUT and _puts_some(args)):
                 self.waits[name] += 1
         return operator(*args, **(kwargs or {}))
 
@@ -78,3 +79,8 @@ class _Reads(TorchFunctionMode):
 def _by_mask(indices: Sequence[torch.Tensor | None]) -> bool:
     """How many elements a mask selects is known only on the device."""
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _puts_some(args: Sequence[Any]) -> bool:
+    """One value for all that a mask selects is filled in without a look at how many there are."""
+    return args[2].numel() > 1 and _by_mask(args[1])

@@ -2,8 +2,9 @@
 
     python -m bench.shuffle [--images 32] [--side 224] [--rounds 20]
 
-Two ranks over gloo on this machine, wall time of all there is besides the encoder. The images a rank has are float32
-when they are exchanged, as published.
+Two ranks over gloo on one machine, wall time in the training process besides the encoder. The images a rank has are
+float32 when they are exchanged, as published. What it costs elsewhere: a rank's loader decodes the images of its
+queries and of its keys, with R ranks 2 - 1/R times as many; a cache of decoded images makes that free.
 """
 
 from __future__ import annotations

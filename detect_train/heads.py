@@ -100,7 +100,9 @@ class BoxHeads(RoIHeads):
             own, labels, wanted = (part.flatten(0, 1)[order.rows] for part in (boxes, labels, wanted))
             goals = encode(wanted, own, self.box_coder.weights)
         scores, offsets = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, order)))
-        offsets = select(offsets.view(len(labels), -1, 4), labels[:, None])[:, 0]  # those of the true class
+        offsets = select(offsets.view(len(labels), offsets.shape[1] // 4, 4), labels[:, None])[
+            :, 0
+        ]  # those of the true class
         far = F.smooth_l1_loss(offsets, goals, beta=BETA, reduction="none")
         return {
             "loss_classifier": F.cross_entropy(scores, labels),

@@ -13,7 +13,7 @@ import torch
 from detect_train.geometry import iou
 from detect_train.targets import Targets
 
-LIMIT = 1 << 28  # pairs of a box and an object that are compared at once: 1 GiB for each number about a pair
+LIMIT = 1 << 26  # pairs of a box and an object that are compared at once: 256 MiB for each number about a pair
 
 
 class Match(NamedTuple):

@@ -23,9 +23,14 @@ BOX_FEATURES = 1024
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's as one operation, which also leaves bf16 features bf16: theirs become float32."""
+    """torchvision's, which in bf16 is one operation that leaves the features bf16: theirs become float32.
+
+    In float32 theirs keeps less for the backward pass.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
@@ -36,7 +41,7 @@ NORMS = {"frozen": FrozenNorm, "sync": nn.SyncBatchNorm, "train": nn.BatchNorm2d
 class Detector(GeneralizedRCNN):
     """torchvision's Faster R-CNN by its parameters, losses and detections, with a training step for whole batches.
 
-    A step asks the device for a result twice, whatever the batch, where torchvision does tens of times an image.
+    A step asks the device for a result twice, whatever the batch, where torchvision does about ten times an image.
     """
 
     def forward(self, images: Images, targets: Targets | None = None) -> Losses | Detections:

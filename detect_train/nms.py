@@ -2,7 +2,7 @@
 
 torchvision's GPU kernel goes through the boxes of a call one after another. Groups do not affect each other, so here
 they are decided side by side, by iteration towards the one set of boxes in which a box is kept if and only if no
-better kept box overlaps it (Cluster-NMS: Zheng et al., 2020, arXiv:2005.03572, proposition 1).
+better kept box overlaps it (Cluster-NMS: Zheng et al., 2020, arXiv:2005.03572).
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from torch import nn
 
 from detect_train import rounds
 from detect_train.data import DetectionImages, collate
-from detect_train.targets import Batch
 from detect_train.validation import Validate
 from utils import (
     checkpoint,
@@ -48,7 +47,7 @@ from utils import (
     squashfs,
 )
 from utils.device import resolve_precision
-from utils.engine import LossFn, Scalars, TrainState
+from utils.engine import LossFn, TrainState
 from utils.labels import LabelIndex
 from utils.tree import Tree
 
@@ -150,11 +149,7 @@ def read_labels(cfg: Config, run_dir: paths.RunDir, tree: Tree) -> list[LabelInd
 
 def detection_loss(detector: nn.Module, device: torch.device) -> LossFn:
     """The detector's four losses of a batch."""
-
-    def loss_fn(batch: Batch) -> tuple[Scalars, Scalars]:
-        return detector(*batch.to(device)), {}
-
-    return loss_fn
+    return lambda batch: (detector(*batch.to(device)), {})
 
 
 if __name__ == "__main__":

@@ -68,10 +68,6 @@ class Views(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def shown(self, index: int) -> str:
-        """The file of an image, for messages."""
-        return self.source.shown(index)
-
     def __getitems__(self, share: Share) -> Batch:
         n, order = len(share.query), torch.from_numpy(share.order)
         streams = Streams(self.seed, share.epoch)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ssl_train.config import Config
 from ssl_train.model import MoCo
-from utils import optim, resume
+from utils import dist, optim, resume
 from utils.device import place
 from utils.engine import TrainState
-from utils.errors import InputError
+from utils.errors import InputError, Stopped
 
 
 def start(
@@ -40,6 +40,22 @@ def start(
             allow_world_change=cfg.allow_world_change,
         )
     return state
+
+
+T = TypeVar("T")
+
+
+def all_or_none(make: Callable[[], T], device: torch.device) -> T:
+    """What `make` returns on each rank. Raises: Stopped on every rank if a signal stopped it on one."""
+    made: list[T] = []
+    stopped = None
+    try:
+        made.append(make())
+    except Stopped as error:
+        stopped = error
+    if dist.mean(torch.tensor(float(bool(made)), device=device)) < 1:
+        raise stopped or Stopped("stopped by a signal to another rank; the same again goes on")
+    return made[0]
 
 
 def architecture(cfg: Config) -> dict[str, Any]:

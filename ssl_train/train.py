@@ -29,7 +29,7 @@ from ssl_train.batches import ShuffledBatches
 from ssl_train.data import Batch, Views, to_device
 from ssl_train.export import export
 from ssl_train.model import accuracy
-from ssl_train.start import architecture, start
+from ssl_train.start import all_or_none, architecture, start
 from utils import (
     checkpoint,
     checkpoint_files,
@@ -89,7 +89,7 @@ def train(
     """Train to the last epoch, from `saved` or from random weights."""
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
-    images = image_cache.of(tree, cfg.data.cache, cfg.workers)
+    images = all_or_none(lambda: image_cache.of(tree, cfg.data.cache, cfg.workers), device)
     views = Views(images, seed=cfg.seed, **asdict(cfg.augment))
     batches = ShuffledBatches(len(images), cfg.batch_size, cfg.seed, cfg.model.bn_groups)
     conditions = checkpoint.conditions(

@@ -17,7 +17,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from tests.archives import LISTABLE, NEEDS_TOOLS, make_lengths, make_sample, pack, read_one
-from utils import squashfs_index
+from utils import array_file, squashfs_index
 from utils.archive import Archive
 from utils.errors import InputError
 from utils.squashfs_codecs import METHODS, decompressor
@@ -28,14 +28,14 @@ DIGEST = "0" * 64
 
 
 def opened(archive: Path) -> Archive:
-    return Archive(archive, DIGEST, archive.with_suffix(".npz"))
+    return Archive(archive, DIGEST, archive.with_suffix(".index"))
 
 
 def unpacked(archive: Path) -> Folder:
     """What `unsquashfs`, which is not ours, makes of it."""
     dest = archive.with_suffix(".unpacked")
     subprocess.run(["unsquashfs", "-n", "-d", str(dest), str(archive)], check=True, stdout=subprocess.DEVNULL)
-    return Folder(dest)
+    return Folder(dest, fingerprint=DIGEST)
 
 
 def assert_same(ours: Tree, theirs: Tree) -> None:
@@ -121,7 +121,7 @@ def test_the_same_archive_has_one_name_for_a_file_in_messages(tmp_path: Path) ->
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "file").write_text("x")
     archive = pack(tmp_path / "source", tmp_path / "copy.sqsh")
-    tree = Archive(archive, DIGEST, tmp_path / "a.npz", Path("/far/away.sqsh"))
+    tree = Archive(archive, DIGEST, tmp_path / "a.index", Path("/far/away.sqsh"))
     assert (str(tree), tree.shown(0), tree.read(0)) == ("/far/away.sqsh", "/far/away.sqsh/file", b"x")
 
 
@@ -281,9 +281,14 @@ def test_a_fork_opens_the_file_for_itself(tmp_path: Path) -> None:
     assert len(pickle.dumps(tree)) < 1000  # no index, no open file
 
 
+def saved(cache: Path) -> dict[str, np.ndarray]:
+    arrays = array_file.load(cache, f"{squashfs_index.FORMAT} {DIGEST}")
+    assert arrays
+    return arrays
+
+
 def old_format(cache: Path) -> None:
-    with np.load(cache) as saved:
-        np.savez(cache, **{**saved, "fingerprint": np.array(f"0 {DIGEST}")})
+    array_file.save(cache, f"0 {DIGEST}", {}, saved(cache))
 
 
 def others_may_write(cache: Path) -> None:
@@ -295,8 +300,8 @@ def link(cache: Path) -> None:
 
 
 def pickled(cache: Path) -> None:
-    with np.load(cache) as saved:
-        np.savez(cache, **{**saved, "names": np.array([descriptors])})
+    arrays = saved(cache) | {"names": np.array([descriptors])}
+    array_file.save(cache, f"{squashfs_index.FORMAT} {DIGEST}", {}, arrays)
 
 
 def cut(cache: Path) -> None:
@@ -307,11 +312,11 @@ def cut(cache: Path) -> None:
 def test_an_index_that_will_not_do_is_made_again(spoil: Callable[[Path], None], tmp_path: Path) -> None:
     source = make_lengths(tmp_path / "source", 4096)
     archive = pack(source, tmp_path / "a.sqsh")
-    cache = archive.with_suffix(".npz")
+    cache = archive.with_suffix(".index")
     assert_same(opened(archive), unpacked(archive))
     spoil(cache)
     before = cache.lstat().st_ino
-    assert_same(opened(archive), Folder(archive.with_suffix(".unpacked")))
+    assert_same(opened(archive), Folder(archive.with_suffix(".unpacked"), fingerprint=DIGEST))
     assert cache.lstat().st_ino != before and cache.lstat().st_mode & 0o170022 == 0o100000
 
 
@@ -320,19 +325,19 @@ def test_the_index_is_loaded_and_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "source" / "file").write_text("x")
     archive = pack(tmp_path / "source", tmp_path / "a.sqsh")
     opened(archive)
-    before = archive.with_suffix(".npz").stat()
+    before = archive.with_suffix(".index").stat()
     opened(archive)
-    after = archive.with_suffix(".npz").stat()
+    after = archive.with_suffix(".index").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    Archive(archive, "1" * 64, archive.with_suffix(".npz"))  # another archive's
-    assert archive.with_suffix(".npz").stat().st_ino != before.st_ino
+    Archive(archive, "1" * 64, archive.with_suffix(".index"))  # another archive's
+    assert archive.with_suffix(".index").stat().st_ino != before.st_ino
 
 
 def test_no_flipped_bit_of_the_index_does_harm(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "file").write_text("content")
     archive = pack(tmp_path / "source", tmp_path / "a.sqsh")
-    cache, random = archive.with_suffix(".npz"), Random(0)
+    cache, random = archive.with_suffix(".index"), Random(0)
     opened(archive)
     good = cache.read_bytes()
     for _ in range(100):
@@ -341,3 +346,53 @@ def test_no_flipped_bit_of_the_index_does_harm(tmp_path: Path) -> None:
         cache.write_bytes(data)
         index = squashfs_index.load(archive, DIGEST, cache)
         assert (index.names.tobytes(), index.rows.shape) == (b"file", (1, squashfs_index.COLUMNS))
+
+
+def test_links_that_lead_on_and_on_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("x")
+    for number in range(30):
+        (source / f"l{number}").symlink_to("./" * 100 + (f"l{number + 1}" if number < 29 else "file"))
+    archive = pack(source, tmp_path / "a.sqsh")
+    assert opened(archive).read(1) == b"x"
+    monkeypatch.setattr(squashfs_index, "MOST_STEPS", 10_000)
+    with pytest.raises(InputError, match="its links lead on and on"):
+        squashfs_index.build(archive)
+
+
+def test_a_bad_block_is_bad_input_from_a_loader_process_too(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(b"abc" * 50_000)
+    archive = pack(tmp_path / "source", tmp_path / "a.sqsh", "-comp", "xz", "-no-fragments")
+    tree = opened(archive)
+    data = bytearray(archive.read_bytes())
+    data[96:104] = bytes(8)  # the first block, behind the superblock
+    stamp = archive.stat()
+    archive.write_bytes(data)
+    os.utime(archive, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(InputError, match="damaged squashfs archive: the file 'file'"):
+        list(DataLoader(Reads(tree), num_workers=1))  # type: ignore[arg-type]
+
+
+class Reads:
+    """What a loader asks for."""
+
+    def __init__(self, tree: Archive) -> None:
+        self.tree = tree
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.tree.read(number)
+
+
+def test_a_spawned_process_refuses_an_archive_that_was_exchanged(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_text("one")
+    archive = pack(tmp_path / "source", tmp_path / "a.sqsh")
+    sent = pickle.dumps(opened(archive))
+    os.utime(archive, ns=(0, 0))
+    with pytest.raises(InputError, match="changed while it was in use"):
+        pickle.loads(sent).read(0)

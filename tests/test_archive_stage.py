@@ -226,7 +226,7 @@ def test_a_mount_lasts_as_long_as_its_process(archive: Path, root: Path) -> None
     (point,) = mount_points(root)
     third.communicate("")
     assert not mount_points(root)
-    assert sorted(path.suffix for path in root.iterdir()) == [".json", ".lock", ".lock", ".npz"], point
+    assert sorted(path.suffix for path in root.iterdir()) == [".index", ".json", ".lock", ".lock"], point
 
 
 @NEEDS_FUSE

@@ -87,10 +87,10 @@ def test_a_hash_beside_the_archive_is_compared(archive: Path, tmp_path: Path) ->
 
 def test_the_first_of_two_nodes_wins(archive: Path, tmp_path: Path) -> None:
     record = tmp_path / "archives" / "a.sha256"
-    squashfs_hash.remember(archive, "a" * 64, record)
-    squashfs_hash.remember(archive, "a" * 64, record)
+    squashfs_hash.settle(archive, "a" * 64, record)
+    squashfs_hash.settle(archive, "a" * 64, record)
     with pytest.raises(InputError, match="not the archive this chain began with"):
-        squashfs_hash.remember(archive, "b" * 64, record)
+        squashfs_hash.settle(archive, "b" * 64, record)
     assert [path.name for path in record.parent.iterdir()] == ["a.sha256"]
     assert record.read_text() == f"{'a' * 64}  {archive}\n"
 

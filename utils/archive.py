@@ -25,20 +25,28 @@ class Archive:
     digest: its sha256
     cache:  where the index is kept, in a folder of this user alone
     source: the path for messages, if `path` is a copy
+    identity: size and mtime of the file that was indexed, if that was done by another process
 
     Raises: InputError if the archive is damaged, or holds device nodes, setuid files or links that leave it.
     """
 
-    def __init__(self, path: Path, digest: str, cache: Path, source: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        cache: Path,
+        source: Path | None = None,
+        identity: tuple[int, int] | None = None,
+    ) -> None:
         self.path, self.fingerprint, self._cache, self.source = path, digest, cache, source or path
-        self._identity = _identity(os.stat(path))
+        self._identity = identity or _identity(os.stat(path))
         index = squashfs_index.load(path, digest, cache)
         self._names = _Names(index)
         self._rows, self._sizes = index.rows, index.sizes.data
         self._opened: tuple[int, Blocks] | None = None  # and by which process
 
-    def __reduce__(self) -> tuple[type[Archive], tuple[Path, str, Path, Path]]:
-        return Archive, (self.path, self.fingerprint, self._cache, self.source)
+    def __reduce__(self) -> tuple[type[Archive], tuple[Path, str, Path, Path, tuple[int, int]]]:
+        return Archive, (self.path, self.fingerprint, self._cache, self.source, self._identity)
 
     def __str__(self) -> str:
         return str(self.source)

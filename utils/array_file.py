@@ -33,7 +33,7 @@ def save(path: Path, key: str, words: Mapping[str, Any], arrays: Mapping[str, np
     for array in arrays.values():
         parts += [array.tobytes(), bytes(-array.nbytes % ALIGNED)]
     content = b"".join(parts)
-    files.write_atomic(path, lambda file: file.write(b"%08x\n%b" % (zlib.crc32(content), content)))
+    files.write_atomic(path, lambda file: file.write(b"%08x\n%b" % (zlib.crc32(content), content)), mode=0o600)
 
 
 def load(path: Path, key: str) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def _content(path: Path) -> bytearray:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # opening a FIFO would wait for ever
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o002:
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise ValueError("not a file of this user alone")
         content = bytearray(status.st_size)
         content[file.readinto(content) :] = b""

@@ -45,13 +45,17 @@ class _Hashed(io.RawIOBase):
 
 
 def write_atomic(
-    path: Path, write: Callable[[BinaryIO], object], before_rename: Callable[[str], object] | None = None
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    before_rename: Callable[[str], object] | None = None,
+    *,
+    mode: int = 0o666,
 ) -> str:
     """Let `write` fill a temporary file beside `path`, then rename it into place. Returns the sha256 of the content.
 
     Either the old content or the whole new one is there after a crash or a full disk: the data
     and the directory entry are both flushed before this returns. `before_rename` is called with the sha256
-    when all is on the disk and nothing of it under its name. Its permissions are those the umask leaves.
+    when all is on the disk and nothing of it under its name. Its permissions are what the umask leaves of `mode`.
 
     Raises: EnvironmentProblem when the disk is full or read-only; any other OSError of the write; what
     `before_rename` raises. The temporary file is gone then and `path` is untouched.
@@ -61,7 +65,7 @@ def write_atomic(
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as raw:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as raw:
                 file = _Hashed(raw)
                 write(cast(BinaryIO, file))
                 size = file.size

@@ -25,6 +25,7 @@ from utils.errors import EnvironmentProblem, InputError, Stopped, message
 from utils.progress import Progress
 from utils.tree import Tree
 
+FORMAT = 1  # raise it when `images.decode` gives other pixels
 CHUNK = 64  # images that a process decodes before it tells how far it is
 
 
@@ -57,7 +58,7 @@ def of(tree: Tree, folder: str | None, workers: int) -> Images:
         return decoded
     root = Path(folder).expanduser()
     paths.make_private(root)
-    place = root / tree.fingerprint[:16]
+    place = root / f"{tree.fingerprint[:16]}-{FORMAT}"
     with files.lock(root / f".{place.name}.lock"):
         if not place.exists():
             _build(decoded, place, workers)
@@ -65,7 +66,10 @@ def of(tree: Tree, folder: str | None, workers: int) -> Images:
 
 
 class Decoded:
-    """Every PNG and JPEG of `tree`, in the order of paths, decoded anew. Raises: InputError when there is none."""
+    """Every PNG and JPEG of `tree`, in the order of paths, decoded anew.
+
+    Raises: InputError when there is none, or one cannot be read, such as a link to nothing.
+    """
 
     same_size = None
 
@@ -73,6 +77,9 @@ class Decoded:
         self.tree, self.numbers = tree, tree.find(suffixes=images.SUFFIXES)
         if not len(self.numbers):
             raise InputError(f"{tree}: no PNG or JPEG image in it or below; check data.unlabeled")
+        for number in self.numbers.tolist():
+            if problem := tree.problem(number):
+                raise InputError(f"{tree.shown(number)}: {problem}; remove it")
 
     def __len__(self) -> int:
         return len(self.numbers)

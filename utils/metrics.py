@@ -53,13 +53,13 @@ def newest(path: Path) -> dict[str, Any]:
     Other lines are not parsed: status asks this of many long files. Raises: InputError when one of them is damaged.
     """
     last: dict[str, str] = {}
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                kind = line[: line.find(",")]  # `{"kind": "train"`
-                last.pop(kind, None)
-                last[kind] = line
     try:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            for line in file:
+                if line.endswith("\n"):
+                    kind = line[: line.find(",")]  # `{"kind": "train"`
+                    last.pop(kind, None)
+                    last[kind] = line
         return {key: value for line in last.values() for key, value in json.loads(line).items()}
-    except ValueError:
+    except (ValueError, AttributeError):
         raise InputError(f"{path}: a line is damaged") from None

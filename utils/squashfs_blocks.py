@@ -27,11 +27,9 @@ class Tail(NamedTuple):
 
 
 class Damaged(InputError):
-    """An archive that says what cannot be."""
+    """An archive that says what cannot be. Made of its text alone, as a loader process's errors are made again."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path}: damaged squashfs archive: {what}; copy or build it again")
-        self.what = what
+    what = ""
 
 
 class Blocks:
@@ -59,7 +57,9 @@ class Blocks:
         os.close(self.descriptor)
 
     def fail(self, what: str) -> NoReturn:
-        raise Damaged(self.path, what)
+        error = Damaged(f"{self.path}: damaged squashfs archive: {what}; copy or build it again")
+        error.what = what
+        raise error
 
     def whole(self, name: str, size: int, start: int, sizes: Sequence[int], tail: Tail | None) -> bytes:
         """A file's content at once, see `content`; what is stored as it is, by one read.
@@ -72,7 +72,7 @@ class Blocks:
             if tail and not sizes and tail.offset + size <= tail.stored ^ UNCOMPRESSED <= self.block_size:
                 return self._read(tail.position + tail.offset, size)
         except Damaged as error:
-            raise Damaged(self.path, f"the file {name!r}: {error.what}") from None
+            self.fail(f"the file {name!r}: {error.what}")
         return b"".join(self.content(name, size, start, sizes, tail))
 
     def _are_raw(self, sizes: Sequence[int], size: int) -> bool:
@@ -103,7 +103,7 @@ class Blocks:
                     self.fail("its end is missing")
                 yield chunk
         except Damaged as error:
-            raise Damaged(self.path, f"the file {name!r}: {error.what}") from None
+            self.fail(f"the file {name!r}: {error.what}")
 
     def tail(self, index: int, offset: int) -> Tail:
         """The tail at `offset` in the fragment with this index."""

@@ -59,7 +59,12 @@ def prepare(archive: Path, root: Path, record: Path | None) -> Archive:
                 if digest != noted:
                     write_json(note, who | {"sha256": digest})
             assert digest
-            tree = Archive(copy if is_copied else archive, digest, root / f"{digest[:32]}.index.npz", archive)
+            index = root / f"{digest[:32]}.index"
+            tree = Archive(copy if is_copied else archive, digest, index, archive)
+            if identity(archive) != who:  # what was noted may be of one archive, the index of another
+                index.unlink()
+                note.unlink()
+                raise InputError(f"{archive}: changed while it was read; start again")
         squashfs_hash.settle(archive, digest, record)
         return tree
     except OSError as error:

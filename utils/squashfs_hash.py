@@ -25,14 +25,8 @@ def compare(archive: Path, digest: str, record: Path | None) -> None:
         )
 
 
-def remember(archive: Path, digest: str, record: Path) -> None:
-    """Write `digest` to `record`, unless one stands there; then compare with it. Raises: InputError."""
-    if not files.write_new(record, f"{digest}  {archive}\n"):  # only one of several nodes can
-        compare(archive, digest, record)
-
-
 def settle(archive: Path, digest: str, record: Path | None) -> None:
     """Compare with what is written, and write to `record` if nothing is. Raises: InputError."""
     compare(archive, digest, record)
-    if record and not record.exists():
-        remember(archive, digest, record)
+    if record and not record.exists() and not files.write_new(record, f"{digest}  {archive}\n"):
+        compare(archive, digest, record)  # only one of several nodes can be the first

@@ -5,32 +5,25 @@ Half a million files are 70 MB in four arrays, which forked loader processes sha
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
-import tokenize
-import zipfile
-import zlib
 from array import array
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils import files
+from utils import array_file
 from utils.errors import InputError
 from utils.squashfs_reader import PATH_MAX, Entry, Reader
 from utils.tree import LARGEST
 
-FORMAT = 1  # of the cache; raise it with its content or with a check
+FORMAT = 2  # of the cache; raise it with its content or with a check
 ARRAYS = ("names", "ends", "rows", "sizes")
 COLUMNS = 8  # size, mtime, start, first, tail's position, stored size (-1: no tail) and offset, whether it can be read
 MOST = 1 << 29  # bytes of names, and of block lists: of archives of 10 million files and of 15 TB
 MOST_LINKS = 40  # that one path may lead through, as in Linux
-# A damaged cache is a stale one, and a flipped bit can make zipfile and numpy raise any of these.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, SyntaxError, MemoryError, OverflowError)
-UNREADABLE_TOO = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)
+MOST_STEPS = 1 << 22  # from name to name, for all links together: a few seconds
 
 
 @dataclass(frozen=True)
@@ -49,24 +42,11 @@ def load(archive: Path, digest: str, cache: Path) -> Index:
     Raises: InputError if the archive is damaged or holds what `squashfs_reader.danger` refuses.
     """
     fingerprint = f"{FORMAT} {digest}"
-    with contextlib.suppress(*UNREADABLE, *UNREADABLE_TOO):
-        if saved := _saved(cache, fingerprint):
-            return saved
+    if saved := array_file.load(cache, fingerprint):
+        return Index(**saved)
     index = build(archive)
-    arrays = {name: getattr(index, name) for name in ARRAYS}
-    files.write_atomic(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **arrays))
+    array_file.save(cache, fingerprint, {}, {name: getattr(index, name) for name in ARRAYS})
     return index
-
-
-def _saved(cache: Path, fingerprint: str) -> Index | None:
-    """The index in a file that is of this archive and that nobody else could have written."""
-    status = cache.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        return None
-    with np.load(cache, allow_pickle=False) as saved:
-        if saved["fingerprint"].item() != fingerprint:
-            return None
-        return Index(**{name: saved[name] for name in ARRAYS})
 
 
 def build(archive: Path) -> Index:
@@ -82,7 +62,7 @@ def build(archive: Path) -> Index:
                 folders.add(entry.path)
                 continue
             names.append(entry.path)
-            length += len(entry.path)
+            length += len(entry.path) + len(entry.target)
             if entry.kind == "symlink":
                 links[entry.path] = entry.target
                 rows.extend((len(os.fsencode(entry.target)), entry.mtime, 0, 0, 0, -1, 0, 0))
@@ -91,7 +71,7 @@ def build(archive: Path) -> Index:
             if len(sizes) > room or length > MOST:
                 raise InputError(f"{archive}: damaged squashfs archive: more names or blocks than it has room for")
     table = np.frombuffer(rows, dtype=np.int64).reshape(-1, COLUMNS).copy()
-    to_folders = _follow(names, links, folders, table) if links else set()
+    to_folders = _follow(archive, names, links, folders, table) if links else set()
     order = sorted(set(range(len(names))) - to_folders, key=names.__getitem__)
     paths = [os.fsencode(names[number]) for number in order]
     return Index(
@@ -114,12 +94,20 @@ def _row(reader: Reader, entry: Entry, lists: dict[int, int], sizes: array[int])
     return entry.size, entry.mtime, min(start, 2**63 - 1), first, *tail, 1
 
 
-def _follow(names: Sequence[str], links: Mapping[str, str], folders: Set[str], table: np.ndarray) -> set[int]:
-    """Give links to files the rows of these files; those to nothing keep their own. Returns which lead to folders."""
+def _follow(
+    archive: Path, names: Sequence[str], links: Mapping[str, str], folders: Set[str], table: np.ndarray
+) -> set[int]:
+    """Give links to files the rows of these files; those to nothing keep their own. Returns which lead to folders.
+
+    Raises: InputError if they lead through more than an honest archive's.
+    """
     numbers = {name: number for number, name in enumerate(names)}
     to_folders = set()
+    budget = iter(range(MOST_STEPS))
     for name in links:
-        target = _target(name, links, numbers)
+        target = _target(name, links, numbers, budget)
+        if next(budget, None) is None:
+            raise InputError(f"{archive}: damaged squashfs archive: its links lead on and on; pack plain files")
         if target in folders:
             to_folders.add(numbers[name])
         elif target in numbers:
@@ -127,12 +115,14 @@ def _follow(names: Sequence[str], links: Mapping[str, str], folders: Set[str], t
     return to_folders
 
 
-def _target(name: str, links: Mapping[str, str], numbers: Mapping[str, int]) -> str | None:
-    """Where a link leads, as a path without links; None if it goes round in circles or on from a file."""
+def _target(name: str, links: Mapping[str, str], numbers: Mapping[str, int], budget: Iterator[int]) -> str | None:
+    """Where a link leads, as a path without links; None if it goes round in circles, on from a file or too far."""
     here, hops = "", 0
     ahead: list[str] = name.split("/")[::-1]
     while ahead:
         step = ahead.pop()
+        if next(budget, None) is None:
+            return None
         if here in numbers:
             return None
         if step == "..":

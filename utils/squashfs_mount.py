@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from utils import stop
 from utils.archive import Archive
 from utils.errors import EnvironmentProblem, InputError
 from utils.squashfs_once import locked
@@ -37,7 +38,8 @@ def mount(archive: Archive, root: Path) -> Folder:
         holder = os.open(_lock_of(point), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(holder, fcntl.LOCK_EX)
     command = [program, "-o", "ro,nosuid,nodev", str(archive.path), str(point)]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    with stop.held_back():  # it inherits that, so that a signal for all processes of a step does not end the mount
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if ended.returncode or not os.path.ismount(point):
         _unmount(point)
         os.close(holder)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from utils.errors import InputError
 
 LARGEST = 1 << 29  # bytes that are read at once: more than an image of images.MAX_PIXELS takes
+MOST_WAYS = 16  # from the root to one folder through links to folders
 NO_FILE = "not a file, or a link to none"
 TOO_LARGE = f"over the limit of {LARGEST >> 20} MiB for a file"
 
@@ -71,9 +73,19 @@ class Folder:
             self.fingerprint = fingerprint
         self._start = os.path.join(self.root, "")
         names = []
+        reached = Counter[str]()
+        above: dict[str, frozenset[str]] = {str(self.root): frozenset()}  # the real folders that lead to each
         for parent, folders, found in os.walk(self.root, onerror=_refuse, followlinks=not fingerprint):
-            here = os.path.join(os.path.realpath(parent), "")
-            folders[:] = [name for name in folders if not here.startswith(_real(parent, name))]  # links back are loops
+            real = os.path.realpath(parent)
+            here = above.pop(parent) | {real}
+            reached[real] += 1
+            if reached[real] > MOST_WAYS:
+                raise InputError(
+                    f"{self.root}: links lead to {real} in more than {MOST_WAYS} ways; give a plain folder"
+                )
+            # a link back to one of them would be a loop
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in here]
+            above |= {os.path.join(parent, name): here for name in folders}
             folder = os.path.join(parent, "")[len(self._start) :]
             names += [folder + name for name in found]
         self._names = sorted(name for name in names if name != but)
@@ -130,10 +142,6 @@ class Folder:
                 return file.read()
         except OSError as error:
             raise InputError(f"{self.shown(number)}: {error.strerror}") from None
-
-
-def _real(parent: str, name: str) -> str:
-    return os.path.join(os.path.realpath(os.path.join(parent, name)), "")
 
 
 def matching(names: Sequence[str], folder: str, suffixes: Sequence[str], deep: bool) -> np.ndarray:
