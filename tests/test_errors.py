@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -96,3 +97,26 @@ def test_a_second_run_in_one_process_logs_to_its_own_file(tmp_path: Path) -> Non
         log.setup(0, tmp_path / name / "log")
         log.info(f"of {name}")
     assert [(tmp_path / name / "log").read_text().split()[1:] for name in ("a", "b")] == [["of", "a"], ["of", "b"]]
+
+
+class Killed(Dataset[int]):
+    """Ends its loader process, as the kernel does for want of memory."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def test_a_killed_loader_process_is_named_whoever_notices_it() -> None:
+    with pytest.raises(RuntimeError) as noticed:
+        batches(Killed())
+    named = r"loader process \d+ was killed \(Killed\), perhaps for memory"
+    assert re.match(named, str(errors.explained(noticed.value)))
+    late = RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly")
+    assert str(errors.explained(late)).startswith("loader process 12, 13 ended, perhaps killed for memory")
+    late.__cause__ = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+    assert re.match(named, str(errors.explained(late)))
+    assert errors.explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,8 @@ from torch.utils.data import Dataset
 
 from ssl_train.batches import ShuffledBatches
 from utils import dist, loader
-from utils.errors import InputError
+from utils.errors import EnvironmentProblem, InputError, cli
+from utils.paths import ROOT, RunDir
 
 Item = tuple[int, float, float, float]
 
@@ -114,3 +121,33 @@ def test_batches_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: pytes
         loader.GlobalBatches(50, 4, 0)
     with pytest.raises(InputError, match=r"batch_size=9 does not divide by 3 ranks times model\.bn_groups=2"):
         ShuffledBatches(50, 9, 0, bn_groups=2)
+
+
+class Stops(Dataset[torch.Tensor]):
+    """Its loader process stops for good while it makes the third item, with the second one not handed over yet."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return torch.zeros(3)
+
+
+def test_a_loader_process_that_stops_while_it_hands_over_a_tensor_is_an_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_loader", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == EnvironmentProblem.exit_code, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ERROR 75: a loader process gave nothing for 2 s")
+
+
+def waits_for_it() -> None:
+    with dist.session("cpu", RunDir(Path(sys.argv[1])), timeout=2 / loader.WAIT) as device:
+        for _ in loader.start(loader.make(Stops(), [[0], [1], [2], [3]], workers=1, device=device)):  # type: ignore[arg-type]
+            time.sleep(0.5)  # the second item's message comes meanwhile, and its tensor is fetched from nobody
+
+
+if __name__ == "__main__":
+    cli(waits_for_it)

@@ -67,8 +67,8 @@ OUTSIDE = (
         "loader process {0} was killed ({1}), perhaps for memory; ask for more, or set fewer workers",
     ),
     (
-        r"DataLoader timed out after (\d+)",
-        "a loader process gave nothing for {0} s: it hangs, or the disk does; the rest of this log says more",
+        r"DataLoader worker \(pid\S* ([\d, ]+)\) exited unexpectedly",
+        "loader process {0} ended, perhaps killed for memory; ask for more, or set fewer workers",
     ),
     (
         r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting",
@@ -80,8 +80,9 @@ OUTSIDE = (
 def explained(error: RuntimeError) -> EnvironmentProblem | None:
     """What torch's error for a process that was lost means; None for another error."""
     if not str(error).startswith("Caught "):  # a loader worker's own error
+        said = f"{error}\n{error.__cause__}"  # the loader's does not say how its process ended, its cause may
         for pattern, meaning in OUTSIDE:
-            if match := re.search(pattern, str(error)):
+            if match := re.search(pattern, said):
                 return EnvironmentProblem(f"{meaning.format(*match.groups())} ({str(error).strip().splitlines()[0]})")
     return None
 

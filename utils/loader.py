@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import dist, stop
-from utils.errors import InputError
+from utils.errors import EnvironmentProblem, InputError
 
 WAIT = 0.7  # of the time that ranks wait for each other: the cause is known before they give up
 Key = tuple[int, int]  # (epoch, index)
@@ -140,10 +140,7 @@ def make(
     device: torch.device,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA.
-
-    A worker that gives nothing for nearly as long as a rank may is an error (RuntimeError).
-    """
+    """A loader over `batches` with `workers` processes (0: in this one), pinned for CUDA; `start` iterates it."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -152,7 +149,6 @@ def make(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_prepare_worker,
-        timeout=WAIT * dist.patience() if workers else 0,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
     )
 
@@ -163,9 +159,44 @@ def _prepare_worker(_: int) -> None:
 
 
 def start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`iter(loader)`; a signal meanwhile reaches no worker that does not ignore it yet."""
-    with stop.held_back():
-        return iter(loader)
+    """The batches of `loader`; a signal while its workers start reaches none that does not ignore it yet.
+
+    Raises: EnvironmentProblem when the workers give nothing for nearly as long as a rank may.
+    """
+    seconds = WAIT * dist.patience() if loader.num_workers else 0
+    with _answer_within(seconds), stop.held_back():
+        batches = iter(loader)
+    while True:
+        with _answer_within(seconds):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def _answer_within(seconds: float) -> Iterator[None]:
+    """An alarm, since a DataLoader's own timeout does not see a worker that hangs while it hands over a tensor."""
+    if not seconds:
+        yield
+        return
+
+    def silent(*_: object) -> None:
+        raise EnvironmentProblem(
+            f"a loader process gave nothing for {seconds:.0f} s: it hangs, or the disk does; "
+            "the rest of this log says more"
+        )
+
+    before = signal.signal(signal.SIGALRM, silent)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except EnvironmentProblem:
+        _end_workers()  # torch waits for its thread that talks to them
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @atexit.register  # later than multiprocessing's own, which it therefore precedes

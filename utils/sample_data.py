@@ -1,6 +1,6 @@
 """Generated demo data: two squashfs archives in the layout the stages read, drawn in a few seconds.
 
-    python -m utils.sample_data DEST [--unlabeled 600 --training 240 --validation 60 --size 160 --seed 0]
+    python -m utils.sample_data DEST [--unlabeled 600 --training 240 --validation 60 --size 128 --seed 0]
 
 writes
     DEST/unlabeled.sqsh   unlabeled/0.PNG ... N-1.PNG, for pretraining
@@ -47,7 +47,7 @@ class Sample:
     unlabeled: int = 600
     training: int = 240
     validation: int = 60
-    size: int = 160
+    size: int = 128
     seed: int = 0
 
     def problems(self) -> list[str]:
