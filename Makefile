@@ -16,7 +16,7 @@ demo: install
 
 test: install-dev check
 	$(BIN)/python -m tests.cluster install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TOGETHER) --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder
 
 check: install-dev
 	$(BIN)/ruff check .

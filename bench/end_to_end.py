@@ -48,7 +48,7 @@ class InMemory:
     """What `engine.fit` asks of a loader, over the same few batches again and again."""
 
     def __init__(self, batches: list[Batch], steps: int) -> None:
-        self.batches, self.steps, self.batch_sampler = batches, steps, self
+        self.batches, self.steps, self.batch_sampler, self.num_workers = batches, steps, self, 0
 
     def go_to(self, epoch: int, done: int) -> None: ...
 

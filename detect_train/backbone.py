@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 
 import torch
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from utils import checkpoint, log
 from utils.errors import InputError
@@ -36,7 +36,7 @@ class Account:
         return ", ".join(f"{len(names)} {kind}" for kind, names in vars(self).items())
 
 
-def load_backbone(model: FasterRCNN, path: Path) -> Account:
+def load_backbone(model: GeneralizedRCNN, path: Path) -> Account:
     """Load the ResNet of `model` from a weights file.
 
     Raises: InputError with the account and names unless every tensor of the backbone is in the file, in its

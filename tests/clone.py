@@ -27,7 +27,7 @@ def clone(directory: Path) -> Path:
 
 def environ(**more: str) -> dict[str, str]:
     """This process's variables without those of a job, of make or of a checkout."""
-    foreign = ("SLURM", "SBATCH", "RELAY", "TORCHELASTIC", "PYTHONPATH", "MAKE", "OMP_")
+    foreign = ("SLURM", "SBATCH", "RELAY", "TORCHELASTIC", "PYTHONPATH", "MAKE", "OMP_NUM_THREADS")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | more
 
 

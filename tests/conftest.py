@@ -12,9 +12,11 @@ import pytest
 from tests.cluster import Cluster, available
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LONG = ("test_demo", "test_readme", "test_chaos", "test_resume", "test_lost", "test_exit_codes")  # minutes each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)  # begun first, they do not keep the others waiting
     no_slurm = available()
     for item in items:
         if no_slurm and item.get_closest_marker("slurm"):

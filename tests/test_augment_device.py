@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.operators import Operators
 from ssl_train import augment_device
 from ssl_train.data import Batch, to_device
 from tests.test_augment import many
 
 SIGMA = 2.0
 SIZE = (40, 30)
-# What reads a value on the host, or whose result has a shape that depends on values.
-WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "index.Tensor", "index_put", "unique", "equal.")
-
-
-class Calls(TorchDispatchMode):
-    """The operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(function).removeprefix("aten."))
-        return function(*args, **(kwargs or {}))
-
-    def that_wait(self) -> list[str]:
-        return [name for name in self.names if name.startswith(WAITS)]
 
 
 def whole_images(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,14 +34,14 @@ def test_nothing_waits_for_the_device_and_the_calls_do_not_grow_with_the_batch()
             Batch(crops, crops, order, 24, numbers),
             Batch(crops, crops, order, 24),
         ):
-            with Calls() as calls:
+            with Operators() as calls:
                 to_device(batch, torch.device("cpu"))
-            assert calls.names and not calls.that_wait()
-            counts.append(len(calls.names))
+            assert calls.calls and not calls.waits
+            counts.append(calls.calls)
     assert counts[3:] == counts[:3]
-    with Calls() as calls:
+    with Operators() as calls:
         torch.arange(3)[torch.tensor([True, False, True])].sum().item()
-    assert len(calls.that_wait()) >= 2, "the list above names what it looks for"
+    assert calls.waits.total() == 2, "what is looked for is found"
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
