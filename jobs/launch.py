@@ -24,14 +24,19 @@ from pathlib import Path
 if not __package__:  # run as a file: the checkout belongs on the path, jobs/ does not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.arguments import parse
+from utils.errors import InputError, cli
+
+if __name__ == "__main__":
+    cli(lambda: parse(__doc__))  # --help and a wrong word need nothing else
+
 from jobs import enqueue, local, preflight, scheduler, stages, state, status, submit, tagged
 from jobs.alone import alone
 from jobs.plan import Resources, Step, make, select
 from jobs.scheduler import Patience
 from jobs.stages import Chain
 from jobs.tagged import Queued
-from utils.errors import InputError, cli
-from utils.paths import CHAIN_FILE, ROOT
+from utils.paths import ROOT
 
 
 def launch(chain: Chain, arguments: argparse.Namespace) -> None:
@@ -121,30 +126,7 @@ def cancel(chain: Chain) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="jobs/launch.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--chain", action="store_true", help="run all stages that are not done")
-    add("--from", dest="start", metavar="STAGE", help="run this stage and what depends on it, again if done")
-    add("--only", "--stage", metavar="STAGE", help="run this stage, again if done")
-    add("--status", action="store_true", help="show how far the chain is")
-    add("--all", action="store_true", help="with --status: a line for each chain under runs/")
-    add("--cancel", action="store_true", help="cancel the chain's jobs")
-    add("--dry-run", action="store_true", help="print scripts and dependencies, change nothing")
-    add("--cluster", choices=("slurm", "local", "debug"), help="debug: everything inside this process")
-    add("--name", help="chain name: runs/NAME/ (default: the chain file's)")
-    add("--file", type=Path, default=CHAIN_FILE, help="chain file (default: jobs/chain.yaml)")
-    add("--ranks", type=int, default=1, help="local: processes of a stage (default: %(default)s)")
-    add("--sbatch", action="append", default=[], metavar="OPTION",
-        help="--sbatch=--mem=8G: an sbatch option over every stage's header; may be repeated")  # fmt: skip
-    add("words", nargs="*", metavar="key=value", help="configuration, see above")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.all and not arguments.status:
-        raise InputError("--all: only with --status")
+    arguments = parse(__doc__, argv)
     chain = stages.load(arguments.file, arguments.name)
     if arguments.status or arguments.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
