@@ -48,7 +48,7 @@ def predict(
     """
     batches = loader.WholeBatches(len(dataset), batch_size)  # type: ignore[arg-type]
     ids: list[int] = []
-    rows = [torch.zeros((0, 7), dtype=torch.float64, device=device)]
+    found: list[dict[str, torch.Tensor]] = []
     was_training = model.training
     model.eval()
     wishes = dist.Wishes()
@@ -57,11 +57,8 @@ def predict(
         for done, (images, some_ids) in enumerate(loader.start(data), start=1):
             with autocast(device, precision):
                 outputs = model([image.to(device, non_blocking=True) for image in images])
-            for image_id, output in zip(some_ids, outputs, strict=True):
-                ids.append(image_id)
-                scores_labels = torch.stack([output["scores"], output["labels"]], dim=1)
-                found = torch.cat([output["boxes"], scores_labels], dim=1).double()
-                rows.append(torch.cat([found.new_full((len(found), 1), ids[-1]), found], dim=1))
+            ids += some_ids
+            found += outputs
             if done % LOG_EVERY == 0:
                 log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
             # as often on every rank, though some have a batch more than others
@@ -74,8 +71,20 @@ def predict(
         raise DivergedError("the detector's scores or boxes are not finite")
     seen = dist.gather_rows(torch.tensor(ids, dtype=torch.int64, device=device))
     assert len(seen) == len(seen.unique()) == len(dataset), (len(seen), len(dataset))  # type: ignore[arg-type]
-    table = dist.gather_rows(torch.cat(rows)).cpu().numpy()
+    table = dist.gather_rows(_rows(ids, found, device)).cpu().numpy()
     return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def _rows(ids: list[int], found: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """(n, 7) of the images' detections, on `device`."""
+    counts = torch.tensor([len(each["boxes"]) for each in found], dtype=torch.int64)
+    of_image = torch.tensor(ids, dtype=torch.int64).repeat_interleave(counts)
+    rows = torch.empty((len(of_image), 7), dtype=torch.float64, device=device)
+    rows[:, 0] = of_image
+    if found:
+        for name, columns in (("boxes", slice(1, 5)), ("scores", 5), ("labels", 6)):
+            rows[:, columns] = torch.cat([each[name] for each in found])
+    return rows
 
 
 def measure(
