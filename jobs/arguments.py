@@ -11,6 +11,7 @@ from utils.paths import CHAIN_FILE
 
 
 def parse(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the launcher is asked for; --help and unknown flags end the process. Raises: InputError."""
     parser = argparse.ArgumentParser(
         prog="jobs/launch.py",
         description=description,
