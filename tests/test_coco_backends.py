@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_coco import random_case
-from utils import coco, coco_backends
+from utils import coco, coco_backends, log
 from utils.coco_backends import Curves, Truth, curves
 from utils.errors import InputError
 
@@ -160,17 +159,18 @@ def test_each_name_means_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_hotcoco_pycocotools_evaluates_and_the_log_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index, rows = random_case(1)
     expected = coco.evaluate(index, rows, "hotcoco")
+    said: list[str] = []
     assert coco.library("auto") == "hotcoco"
     coco_backends.library.cache_clear()
     monkeypatch.setitem(sys.modules, "hotcoco", None)
-    monkeypatch.setattr(logging.getLogger("relay"), "propagate", True)
+    monkeypatch.setattr(log, "warning", said.append)
     assert coco.library("auto") == "pycocotools"
     assert coco.evaluate(index, rows) == coco.evaluate(index, rows) == expected
-    (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    (message,) = said
     assert "hotcoco" in message and "pycocotools evaluates" in message
     with pytest.raises(InputError, match=r"evaluator=hotcoco: .*install hotcoco, or set evaluator=pycocotools"):
         coco.evaluate(index, rows, "hotcoco")
