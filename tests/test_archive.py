@@ -372,20 +372,7 @@ def test_a_bad_block_is_bad_input_from_a_loader_process_too(tmp_path: Path) -> N
     archive.write_bytes(data)
     os.utime(archive, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(InputError, match="damaged squashfs archive: the file 'file'"):
-        list(DataLoader(Reads(tree), num_workers=1))  # type: ignore[arg-type]
-
-
-class Reads:
-    """What a loader asks for."""
-
-    def __init__(self, tree: Archive) -> None:
-        self.tree = tree
-
-    def __len__(self) -> int:
-        return len(self.tree)
-
-    def __getitem__(self, number: int) -> bytes:
-        return self.tree.read(number)
+        list(DataLoader(Contents(tree), num_workers=1))
 
 
 def test_a_spawned_process_refuses_an_archive_that_was_exchanged(tmp_path: Path) -> None:

@@ -6,11 +6,8 @@ by index arithmetic, and each item seeds its random numbers from (seed, epoch, i
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import multiprocessing
 import random
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import dist, stop
-from utils.errors import EnvironmentProblem, InputError
+from utils import dist, loader_processes, stop
+from utils.errors import InputError
 
 WAIT = 0.7  # of the time that ranks wait for each other: the cause is known before they give up
 Key = tuple[int, int]  # (epoch, index)
@@ -148,14 +145,9 @@ def make(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=loader_processes.prepare,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
     )
-
-
-def _prepare_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    stop.ignore()
 
 
 def start(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -164,44 +156,11 @@ def start(loader: DataLoader[Any]) -> Iterator[Any]:
     Raises: EnvironmentProblem when the workers give nothing for nearly as long as a rank may.
     """
     seconds = WAIT * dist.patience() if loader.num_workers else 0
-    with _answer_within(seconds), stop.held_back():
+    with loader_processes.answer_within(seconds), stop.held_back():
         batches = iter(loader)
     while True:
-        with _answer_within(seconds):
+        with loader_processes.answer_within(seconds):
             batch = next(batches, None)
         if batch is None:
             return
         yield batch
-
-
-@contextlib.contextmanager
-def _answer_within(seconds: float) -> Iterator[None]:
-    """An alarm, since a DataLoader's own timeout does not see a worker that hangs while it hands over a tensor."""
-    if not seconds:
-        yield
-        return
-
-    def silent(*_: object) -> None:
-        raise EnvironmentProblem(
-            f"a loader process gave nothing for {seconds:.0f} s: it hangs, or the disk does; "
-            "the rest of this log says more"
-        )
-
-    before = signal.signal(signal.SIGALRM, silent)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except EnvironmentProblem:
-        _end_workers()  # torch waits for its thread that talks to them
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@atexit.register  # later than multiprocessing's own, which it therefore precedes
-def _end_workers() -> None:
-    """They ignore the TERM by which multiprocessing would end them with this program, and wait for it for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
-    for worker in multiprocessing.active_children():
-        worker.kill()
