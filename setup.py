@@ -24,6 +24,10 @@ setup(
         "pillow>=10",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        "gcs": ["gcsfs>=2026.3"],  # gs:// paths: 105 MB
+        "dev": [
+            *["pytest", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
+            *["gcsfs>=2026.3", "gcp-storage-emulator>=2026.7"],
+        ],
     },
 )

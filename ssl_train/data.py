@@ -76,6 +76,7 @@ class Views(Dataset[Batch]):
         def view(row: int, height: int, width: int) -> View:
             return draw(streams.at(int(wanted[places[row]]), row >= n), width, height, **self.how)
 
+        self.source.ahead(wanted.tolist())
         if whole := self._delivered_whole():
             images = _stacked([self.source.pixels(index) for index in wanted.tolist()])
             numbers = augment_device.numbers([view(row, *whole) for row in range(2 * n)], self.sigma)
@@ -129,5 +130,5 @@ def _normalised(views: torch.Tensor) -> torch.Tensor:
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """ImageNet's, in levels of 8 bits, (3, 1, 1): made once, since copying numbers to a GPU waits for it."""
-    mean, deviation = (torch.tensor(numbers, device=device)[:, None, None] * 255 for numbers in (MEAN, STD))
+    mean, deviation = ((torch.tensor(numbers)[:, None, None] * 255).to(device) for numbers in (MEAN, STD))
     return mean, deviation

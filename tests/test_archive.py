@@ -21,6 +21,7 @@ from utils import array_file, squashfs_index
 from utils.archive import Archive
 from utils.errors import InputError
 from utils.squashfs_codecs import METHODS, decompressor
+from utils.squashfs_source import File
 from utils.tree import LARGEST, NO_FILE, TOO_LARGE, Folder, Tree
 
 pytestmark = NEEDS_TOOLS
@@ -265,7 +266,9 @@ def descriptors(tree: Archive) -> None:
     """Ends with code 0 if a fork reads by a file that it opened for itself."""
     before = tree._opened
     tree.read(0)
-    assert before and tree._opened and before[1].descriptor != tree._opened[1].descriptor
+    assert before and tree._opened
+    ours, theirs = tree._opened[1].file, before[1].file
+    assert isinstance(ours, File) and isinstance(theirs, File) and ours.descriptor != theirs.descriptor
 
 
 def test_a_fork_opens_the_file_for_itself(tmp_path: Path) -> None:

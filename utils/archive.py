@@ -1,18 +1,19 @@
-"""The files in a squashfs archive, read where they are: no unpacking, no mount."""
+"""The files in a squashfs archive, read where they are, on a disk or in a bucket: no unpacking, no mount."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 
-from utils import squashfs_index
+from utils import squashfs_index, squashfs_source
 from utils.errors import InputError
 from utils.squashfs_blocks import Blocks, Tail
-from utils.tree import LARGEST, NO_FILE, TOO_LARGE, matching
+from utils.storage import Info
+from utils.tree import LARGEST, NO_FILE, TOO_LARGE, Names, matching
 
 
 class Archive:
@@ -21,32 +22,39 @@ class Archive:
     Each process opens the file for itself and reads with `pread`, so that nothing is shared with the others. A
     spawned process is sent paths and the hash, and loads the index.
 
-    path:   the file that is read
+    file:   what is read, on a disk or in a bucket
     digest: its sha256
     cache:  where the index is kept, in a folder of this user alone
-    source: the path for messages, if `path` is a copy
-    identity: size and mtime of the file that was indexed, if that was done by another process
+    source: the path for messages, if `file` is a copy
+    identity: that of the file that was indexed, if that was done by another process
 
     Raises: InputError if the archive is damaged, or holds device nodes, setuid files or links that leave it.
     """
 
     def __init__(
         self,
-        path: Path,
+        file: Path | Info,
         digest: str,
         cache: Path,
-        source: Path | None = None,
+        source: Path | str | None = None,
         identity: tuple[int, int] | None = None,
     ) -> None:
-        self.path, self.fingerprint, self._cache, self.source = path, digest, cache, source or path
-        self._identity = identity or _identity(os.stat(path))
-        index = squashfs_index.load(path, digest, cache)
-        self._names = _Names(index)
+        self.file, self.fingerprint, self._cache = file, digest, cache
+        self.source = source or squashfs_source.shown(file)
+        self._identity = identity or squashfs_source.identity(file)
+        index = squashfs_index.load(file, digest, cache)
+        self._names = Names(index.names, index.ends)
         self._rows, self._sizes = index.rows, index.sizes.data
         self._opened: tuple[int, Blocks] | None = None  # and by which process
 
-    def __reduce__(self) -> tuple[type[Archive], tuple[Path, str, Path, Path, tuple[int, int]]]:
-        return Archive, (self.path, self.fingerprint, self._cache, self.source, self._identity)
+    def __reduce__(self) -> tuple[type[Archive], tuple[Any, ...]]:
+        return Archive, (self.file, self.fingerprint, self._cache, self.source, self._identity)
+
+    @property
+    def path(self) -> Path:
+        """The file that is read; not of an archive that is read in a bucket."""
+        assert isinstance(self.file, Path)
+        return self.file
 
     def __str__(self) -> str:
         return str(self.source)
@@ -72,49 +80,37 @@ class Archive:
             return None
         return TOO_LARGE if self._rows[number, 0] > LARGEST else NO_FILE
 
+    def ahead(self, numbers: Sequence[int]) -> None:
+        if isinstance(self.file, Info):
+            blocks = self._blocks()
+            blocks.ahead([self._where(number, blocks) for number in numbers if self._rows[number, -1]])
+
     def read(self, number: int) -> bytes:
-        size, _, start, first, position, stored, offset, is_readable = self._rows[number].tolist()
-        if not is_readable:
+        if not self._rows[number, -1]:
             raise InputError(f"{self.shown(number)}: {self.problem(number)}")
         try:
-            opened = self._opened
-            blocks = opened[1] if opened and opened[0] == os.getpid() else self._open()
-            count = size // blocks.block_size
-            tail = Tail(position, stored, offset) if stored >= 0 else None
-            if not tail and size % blocks.block_size:
-                count += 1
-            return blocks.whole(self._names[number], size, start, self._sizes[first : first + count], tail)
+            blocks = self._blocks()
+            return blocks.whole(self._names[number], *self._where(number, blocks))
         except OSError as error:
             raise InputError(f"{self.shown(number)}: {error.strerror}") from None
 
-    def _open(self) -> Blocks:
+    def _where(self, number: int, blocks: Blocks) -> tuple[int, int, Sequence[int], Tail | None]:
+        """Of a file: size, start, stored sizes of its blocks, and its tail."""
+        size, _, start, first, position, stored, offset, _ = self._rows[number].tolist()
+        count = size // blocks.block_size
+        tail = Tail(position, stored, offset) if stored >= 0 else None
+        if not tail and size % blocks.block_size:
+            count += 1
+        return size, start, self._sizes[first : first + count], tail
+
+    def _blocks(self) -> Blocks:
         """The file, opened by this process. Raises: InputError if it is not the one that was indexed."""
-        blocks = Blocks(self.path, self.source)
-        if _identity(os.fstat(blocks.descriptor)) != self._identity:
+        opened = self._opened
+        if opened and opened[0] == os.getpid():
+            return opened[1]
+        blocks = Blocks(self.file, self.source)
+        if blocks.file.identity != self._identity:
             blocks.close()
             raise InputError(f"{self.source}: changed while it was in use; start again")
         self._opened = os.getpid(), blocks  # at once: several threads may be here
         return blocks
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-class _Names(Sequence[str]):
-    """Paths made into `str` when they are asked for."""
-
-    def __init__(self, index: squashfs_index.Index) -> None:
-        self._bytes, self._ends = index.names.tobytes(), index.ends.data
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])

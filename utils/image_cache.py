@@ -11,22 +11,19 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from utils import files, images, loader, paths, stop
-from utils.errors import EnvironmentProblem, InputError, Stopped, message
-from utils.progress import Progress
+from utils import files, images, paths, storage
+from utils.chunks import in_chunks
+from utils.errors import EnvironmentProblem, InputError, message
 from utils.tree import Tree
 
 FORMAT = 1  # raise it when `images.decode` gives other pixels
-CHUNK = 64  # images that a process decodes before it tells how far it is
 
 
 class Images(Protocol):
@@ -39,6 +36,9 @@ class Images(Protocol):
 
     def pixels(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8, RGB. Raises: InputError naming a file that cannot be decoded."""
+
+    def ahead(self, indices: Sequence[int]) -> None:
+        """See `Tree.ahead`."""
 
     @property
     def same_size(self) -> tuple[int, int] | None:
@@ -56,6 +56,8 @@ def of(tree: Tree, folder: str | None, workers: int) -> Images:
     decoded = Decoded(tree)
     if folder is None:
         return decoded
+    if storage.is_url(folder):
+        raise InputError(f"data.cache={folder}: pixels are mapped from a file; give a folder on a disk")
     root = Path(folder).expanduser()
     paths.make_private(root)
     place = root / f"{tree.fingerprint[:16]}-{FORMAT}"
@@ -86,6 +88,9 @@ class Decoded:
 
     def shown(self, index: int) -> str:
         return self.tree.shown(int(self.numbers[index]))
+
+    def ahead(self, indices: Sequence[int]) -> None:
+        self.tree.ahead(self.numbers[list(indices)].tolist())
 
     def pixels(self, index: int) -> np.ndarray:
         return np.asarray(images.decode(self.tree.read(int(self.numbers[index])), self.shown(index)))
@@ -123,6 +128,9 @@ class Cached:
     def shown(self, index: int) -> str:
         return self.decoded.shown(index)
 
+    def ahead(self, indices: Sequence[int]) -> None:
+        pass
+
     def pixels(self, index: int) -> np.ndarray:
         height, width = self.sizes[index].tolist()
         end = int(self.ends[index])
@@ -135,13 +143,18 @@ def _build(decoded: Decoded, place: Path, workers: int) -> None:
         shutil.rmtree(left)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     try:
-        sizes = np.array(_in_chunks(partial(_measure, decoded), decoded, "measure", workers), dtype=np.int32)
+        sizes = np.array(
+            in_chunks(partial(_measure, decoded), len(decoded), f"cache: measure {decoded.tree}", workers),
+            dtype=np.int32,
+        )
         ends = np.cumsum(3 * sizes.astype(np.int64).prod(1))
         if (free := files.free_space(temporary)) < ends[-1]:
             gib = f"{ends[-1] / 2**30:.3f} GiB, {place.parent} has {free / 2**30:.3f} GiB free"
             raise EnvironmentProblem(f"disk full: the cache of {decoded.tree} needs {gib}")
         (temporary / "pixels").touch()
-        _in_chunks(partial(_write, decoded, temporary / "pixels", ends), decoded, "decode", workers)
+        in_chunks(
+            partial(_write, decoded, temporary / "pixels", ends), len(decoded), f"cache: decode {decoded.tree}", workers
+        )
         with open(temporary / "pixels", "rb") as file:
             os.fsync(file.fileno())
         files.write_atomic(temporary / "index.npz", lambda file: np.savez(file, sizes=sizes))
@@ -156,6 +169,7 @@ def _build(decoded: Decoded, place: Path, workers: int) -> None:
 def _measure(decoded: Decoded, chunk: range) -> list[tuple[int, int]]:
     """Height and width of each image."""
     found = []
+    decoded.ahead(chunk)
     for index in chunk:
         size, problem = images.check(decoded.tree.read(int(decoded.numbers[index])), decoded.shown(index))
         if size is None:
@@ -166,31 +180,10 @@ def _measure(decoded: Decoded, chunk: range) -> list[tuple[int, int]]:
 
 def _write(decoded: Decoded, file: Path, ends: np.ndarray, chunk: range) -> range:
     """Each image into its place, which is known beforehand so that several processes can write."""
+    decoded.ahead(chunk)
     with open(file, "r+b") as opened:
         for index in chunk:
             pixels = decoded.pixels(index).tobytes()
             opened.seek(int(ends[index]) - len(pixels))
             opened.write(pixels)
     return chunk
-
-
-class _Work(Dataset[Any]):
-    def __init__(self, work: Callable[[range], Any]) -> None:
-        self.work = work
-
-    def __getitems__(self, chunk: range) -> Any:
-        return self.work(chunk)
-
-
-def _in_chunks(work: Callable[[range], Any], decoded: Decoded, what: str, workers: int) -> list[Any]:
-    """What `work` returns for all images, in order, from loader processes."""
-    chunks: Any = [range(start, min(start + CHUNK, len(decoded))) for start in range(0, len(decoded), CHUNK)]
-    how: dict[str, Any] = {"workers": workers, "device": torch.device("cpu"), "collate": loader.whole}
-    done: list[Any] = []
-    with Progress(f"cache: {what} {decoded.tree}", total=len(decoded), unit="images") as progress:
-        for part in loader.start(loader.make(_Work(work), chunks, **how)):
-            done += part
-            progress.update(len(part))
-            if stop.requested():
-                raise Stopped(f"stopped by {stop.told()} while a cache was made; the same again makes it anew")
-    return done

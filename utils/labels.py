@@ -21,7 +21,7 @@ from reprlib import repr as brief
 
 import numpy as np
 
-from utils import array_file, files, label_checks, label_files, log
+from utils import array_file, files, label_checks, label_files, log, storage
 from utils.errors import InputError
 from utils.label_files import Split
 from utils.shared_config import OnError
@@ -58,6 +58,10 @@ class LabelIndex:
     def read(self, i: int) -> bytes:
         """The image file i. Raises: InputError naming it."""
         return self.tree.read(int(self.numbers[i]))
+
+    def ahead(self, indices: Sequence[int]) -> None:
+        """These images will be read next, see `Tree.ahead`."""
+        self.tree.ahead(self.numbers[list(indices)].tolist())
 
     def target(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (k, 4) float64 and labels (k,) int64 of image i."""
@@ -102,10 +106,12 @@ def load_splits(
     return indexes
 
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """The class names of a text file, one a line. Raises: InputError."""
+def read_classes(path: Path | str) -> tuple[str, ...]:
+    """The class names of a text file or object, one a line. Raises: InputError."""
     try:
-        return label_files.parse_classes(path.read_bytes(), str(path))
+        file = storage.local(path)
+        content = file.read_bytes() if file else storage.read(storage.info(str(path)))
+        return label_files.parse_classes(content, str(path))
     except OSError as error:
         raise InputError(f"classes {path}: {error}") from None
 

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from utils import paths, squashfs_direct, squashfs_hash, squashfs_mount
+from utils import paths, squashfs_direct, squashfs_hash, squashfs_mount, squashfs_remote, storage
+from utils.archive import Archive
 from utils.errors import EnvironmentProblem, InputError, cli
 from utils.files import sha256, write_json
 from utils.progress import Progress
@@ -31,16 +32,20 @@ MARKER = ".staged.json"
 
 
 def stage(source: str | Path, root: Path, records: Path | None = None, how: Stage = "direct") -> Tree:
-    """The files of `source`, a folder or an archive; what has to be made for an archive is made once, under `root`.
+    """The files of `source`, a folder, an archive, or the URL of either; what is made of an archive is made once,
+    under `root`.
 
     how: "direct", read the archive by an index, see `squashfs_direct`; "unpack" it; "mount" it by squashfuse.
-    All three number the files alike and have one fingerprint, the archive's sha256.
+    All three number the files alike and have one fingerprint, the archive's sha256. What is at a URL is copied or read
+    there, see `squashfs_remote`.
     The sha256 is kept in the folder `records`; another archive under the same path is refused from then on.
 
     Raises: InputError if `source` is missing, neither folder nor squashfs, unsafe or another one, see `unpack`;
     EnvironmentProblem if `root` is not ours alone, or full.
     """
-    path = Path(source).expanduser().resolve()
+    if (file := storage.local(source)) is None:
+        return _of_url(str(source), root, records, how)
+    path = file.expanduser().resolve()
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
@@ -51,6 +56,16 @@ def stage(source: str | Path, root: Path, records: Path | None = None, how: Stag
         return _folder(unpack(path, root / f"{path.stem}-{key(repr(identity(path)))}", record))
     archive = squashfs_direct.prepare(path, root, record)
     return squashfs_mount.mount(archive, root) if how == "mount" else archive
+
+
+def _of_url(url: str, root: Path, records: Path | None, how: Stage) -> Tree:
+    tree = squashfs_remote.prepare(url, root, records, whole=how != "direct")
+    if how == "direct" or not isinstance(tree, Archive):
+        return tree
+    if how == "mount":
+        return squashfs_mount.mount(tree, root)
+    dest = unpack(tree.path, root / f"{tree.path.stem}-{key(repr(identity(tree.path)))}")
+    return Folder(dest, fingerprint=tree.fingerprint, but=MARKER)
 
 
 def _folder(path: Path) -> Folder:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from utils import squashfs_source
 from utils.errors import InputError
 from utils.squashfs_codecs import decompressor
+from utils.storage import Info
 
 MAGIC = 0x73717368
 SUPERBLOCK = struct.Struct("<5I6H8Q")
@@ -39,12 +40,9 @@ class Blocks:
     something this machine cannot decompress; the methods raise it, with the file's name, for damage.
     """
 
-    def __init__(self, path: Path, source: Path | None = None) -> None:
-        self.path = source or path  # for messages
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+    def __init__(self, path: Path | Info, source: Path | str | None = None) -> None:
+        self.path = source or squashfs_source.shown(path)  # for messages
+        self.file = squashfs_source.opened(path)
         self.metadata = lru_cache(1024)(self._read_metadata)
         self._fragment = lru_cache(8)(self._read_fragment)
         try:
@@ -54,7 +52,7 @@ class Blocks:
             raise
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self.file.close()
 
     def fail(self, what: str) -> NoReturn:
         error = Damaged(f"{self.path}: damaged squashfs archive: {what}; copy or build it again")
@@ -74,6 +72,13 @@ class Blocks:
         except Damaged as error:
             self.fail(f"the file {name!r}: {error.what}")
         return b"".join(self.content(name, size, start, sizes, tail))
+
+    def ahead(self, contents: Sequence[tuple[int, int, Sequence[int], Tail | None]]) -> None:
+        """These will be read next by `whole`: size, start, sizes, tail."""
+        spans = [(start, start + sum(size & (UNCOMPRESSED - 1) for size in sizes)) for _, start, sizes, _ in contents]
+        tails = {tail for *_, tail in contents if tail}
+        spans += [(tail.position, tail.position + (tail.stored & (UNCOMPRESSED - 1))) for tail in tails]
+        self.file.ahead([span for span in spans if span[0] < span[1]])
 
     def _are_raw(self, sizes: Sequence[int], size: int) -> bool:
         """Whether all blocks of a file of `size` bytes are stored as they are."""
@@ -109,23 +114,22 @@ class Blocks:
         """The tail at `offset` in the fragment with this index."""
         if index >= self._fragments:
             self.fail(f"fragment {index} of {self._fragments}")
-        table = int.from_bytes(self._read(self._fragment_table + index // 512 * 8, 8), "little")
+        table = int.from_bytes(self._read(self._fragment_table + index // 512 * 8, 8, table=True), "little")
         position, stored, _ = struct.unpack("<QII", Cursor(self, table, index % 512 * 16).read(16))
         if position > self.size:
             self.fail(f"fragment {index} at byte {position} of {self.size}")
         return Tail(position, stored, offset)
 
     def _read_superblock(self) -> None:
-        data = os.pread(self.descriptor, SUPERBLOCK.size, 0)
+        data = self.file.read(SUPERBLOCK.size, 0)
         if len(data) < SUPERBLOCK.size or int.from_bytes(data[:4], "little") != MAGIC:
             raise InputError(f"{self.path}: not a squashfs archive; give one made by mksquashfs or a folder")
         (_, _, _, self.block_size, self._fragments, method, block_log, _, _, *version, self.root, self.size,
          _, _, self.inodes, self.directories, self._fragment_table, _) = SUPERBLOCK.unpack(data)  # fmt: skip
-        actual = os.fstat(self.descriptor).st_size
         if version != [4, 0]:
             raise InputError(f"{self.path}: squashfs version {version}, only 4.0 can be read; repack it")
-        if actual < self.size:
-            raise InputError(f"{self.path}: cut short: {actual} bytes of {self.size}; copy it again")
+        if self.file.size < self.size:
+            raise InputError(f"{self.path}: cut short: {self.file.size} bytes of {self.size}; copy it again")
         if not 12 <= block_log <= 20 or self.block_size != 1 << block_log:
             self.fail(f"block size {self.block_size}")
         if not self.inodes < self.directories < self.size:
@@ -135,10 +139,10 @@ class Blocks:
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 
-    def _read(self, position: int, size: int) -> bytes:
+    def _read(self, position: int, size: int, *, table: bool = False) -> bytes:
         if position + size > self.size:
             self.fail(f"it points to byte {position + size} of {self.size}")
-        data = os.pread(self.descriptor, size, position)
+        data = self.file.near(size, position) if table else self.file.read(size, position)
         if len(data) != size:
             self.fail(f"it ended while byte {position} was read")
         return data
@@ -151,9 +155,9 @@ class Blocks:
 
     def _read_metadata(self, position: int) -> tuple[bytes, int]:
         """One metadata block and the position of the next."""
-        header = int.from_bytes(self._read(position, 2), "little")
+        header = int.from_bytes(self._read(position, 2, table=True), "little")
         size = header & 0x7FFF
-        data = self._read(position + 2, size)
+        data = self._read(position + 2, size, table=True)
         if not header & 0x8000:
             data = self._unpack(position, data, METADATA_BLOCK)
         if not 0 < len(data) <= METADATA_BLOCK:

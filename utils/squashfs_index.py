@@ -16,7 +16,9 @@ import numpy as np
 from utils import array_file
 from utils.errors import InputError
 from utils.squashfs_reader import PATH_MAX, Entry, Reader
-from utils.tree import LARGEST
+from utils.squashfs_source import shown
+from utils.storage import Info
+from utils.tree import LARGEST, Names
 
 FORMAT = 2  # of the cache; raise it with its content or with a check
 ARRAYS = ("names", "ends", "rows", "sizes")
@@ -36,7 +38,7 @@ class Index:
     sizes: np.ndarray  # uint32: of file i's blocks those from rows[i]'s `first` on, as stored, with their flag
 
 
-def load(archive: Path, digest: str, cache: Path) -> Index:
+def load(archive: Path | Info, digest: str, cache: Path) -> Index:
     """The index of the archive with this sha256, from `cache`, which is made if need be.
 
     Raises: InputError if the archive is damaged or holds what `squashfs_reader.danger` refuses.
@@ -49,7 +51,7 @@ def load(archive: Path, digest: str, cache: Path) -> Index:
     return index
 
 
-def build(archive: Path) -> Index:
+def build(archive: Path | Info) -> Index:
     """The index, from the archive itself. Raises: InputError, see `load`."""
     rows, sizes, names = array("q"), array("I"), list[str]()
     links, folders = dict[str, str](), {""}
@@ -69,17 +71,14 @@ def build(archive: Path) -> Index:
             else:
                 rows.extend(_row(reader, entry, lists, sizes))
             if len(sizes) > room or length > MOST:
-                raise InputError(f"{archive}: damaged squashfs archive: more names or blocks than it has room for")
+                raise InputError(
+                    f"{shown(archive)}: damaged squashfs archive: more names or blocks than it has room for"
+                )
     table = np.frombuffer(rows, dtype=np.int64).reshape(-1, COLUMNS).copy()
-    to_folders = _follow(archive, names, links, folders, table) if links else set()
+    to_folders = _follow(shown(archive), names, links, folders, table) if links else set()
     order = sorted(set(range(len(names))) - to_folders, key=names.__getitem__)
-    paths = [os.fsencode(names[number]) for number in order]
-    return Index(
-        names=np.frombuffer(b"".join(paths), dtype=np.uint8),
-        ends=np.cumsum([0, *map(len, paths)], dtype=np.int64),
-        rows=table[order],
-        sizes=np.frombuffer(sizes, dtype=np.uint32),
-    )
+    paths = Names.arrays(names[number] for number in order)
+    return Index(**paths, rows=table[order], sizes=np.frombuffer(sizes, dtype=np.uint32))
 
 
 def _row(reader: Reader, entry: Entry, lists: dict[int, int], sizes: array[int]) -> Sequence[int]:
@@ -95,7 +94,7 @@ def _row(reader: Reader, entry: Entry, lists: dict[int, int], sizes: array[int])
 
 
 def _follow(
-    archive: Path, names: Sequence[str], links: Mapping[str, str], folders: Set[str], table: np.ndarray
+    archive: str, names: Sequence[str], links: Mapping[str, str], folders: Set[str], table: np.ndarray
 ) -> set[int]:
     """Give links to files the rows of these files; those to nothing keep their own. Returns which lead to folders.
 

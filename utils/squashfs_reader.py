@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from utils.errors import InputError
 from utils.squashfs_blocks import METADATA_BLOCK, Blocks, Cursor, Tail
+from utils.storage import Info
 
 KINDS = ("directory", "file", "symlink", "block device", "character device", "fifo", "socket")
 NO_FRAGMENT = 0xFFFFFFFF
@@ -56,8 +57,8 @@ def danger(entry: Entry) -> str | None:
 class Reader:
     """An open archive and context manager. Raises: InputError, see `Blocks`."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._blocks = Blocks(Path(path))
+    def __init__(self, path: str | Path | Info) -> None:
+        self._blocks = Blocks(path if isinstance(path, Info) else Path(path))
         # As many bytes of inodes as can be packed into the table of them: each block takes 3 bytes or more.
         self.inode_bytes = (self._blocks.directories - self._blocks.inodes) // 3 * METADATA_BLOCK
 

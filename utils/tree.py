@@ -11,10 +11,10 @@ import os
 import stat
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -55,6 +55,9 @@ class Tree(Protocol):
 
     def problem(self, number: int) -> str | None:
         """Why a file cannot be read, without reading it: it is a FIFO, or a link to nothing."""
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """These will be read next, by this process: get all of them at once where each takes a while to come."""
 
     def read(self, number: int) -> bytes:
         """A file's content. Raises: InputError naming the file."""
@@ -134,6 +137,9 @@ class Folder:
             return None
         return os.readlink(path)
 
+    def ahead(self, numbers: Sequence[int]) -> None:
+        pass
+
     def read(self, number: int) -> bytes:
         if problem := self.problem(number):  # opening a FIFO would wait for ever
             raise InputError(f"{self.shown(number)}: {problem}")
@@ -142,6 +148,32 @@ class Folder:
                 return file.read()
         except OSError as error:
             raise InputError(f"{self.shown(number)}: {error.strerror}") from None
+
+
+class Names(Sequence[str]):
+    """Paths one after another, in (B,) uint8 and (N + 1,) int64; each is made into `str` when it is asked for."""
+
+    def __init__(self, names: np.ndarray, ends: np.ndarray) -> None:
+        self._bytes, self._ends = names.tobytes(), ends.data
+
+    @staticmethod
+    def arrays(names: Iterable[str]) -> dict[str, np.ndarray]:
+        """What an object is made of."""
+        paths = [os.fsencode(name) for name in names]
+        ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
+        return {"names": np.frombuffer(b"".join(paths), dtype=np.uint8), "ends": ends}
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])
 
 
 def matching(names: Sequence[str], folder: str, suffixes: Sequence[str], deep: bool) -> np.ndarray:
