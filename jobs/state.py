@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.stages import Chain
-from utils import ahead, checkpoint_files, env, files, run_lock
+from utils import ahead, checkpoint_files, env, files, mirror, run_lock
 from utils.errors import EnvironmentProblem, InputError, Stopped, exit_code, one_line
 from utils.shared_config import MACHINE_KEYS
 
@@ -107,6 +107,7 @@ def running(
     }
     run_lock.check(chain.run_dir(stage))
     files.write_json(chain.run_dir(stage).state, record)
+    mirror.push(chain.run_dir(stage))
     files.write_text(chain.run_dir(stage).room, " " * ROOM)
     if idle > MAX_IDLE:
         where = f"it has {begins or 'no checkpoint'} to begin from, as each time"
@@ -117,9 +118,12 @@ def running(
 def wait_until_running(chain: Chain, stage: str) -> None:
     """Wait until rank 0 has marked the stage, so that it does not do so after another rank has failed.
 
-    Not for ever: without it only the cause of such a failure would be lost.
+    Not for ever: without it only the cause of such a failure would be lost. Not on several machines of a chain with
+    a store: they share no directory.
     Raises: EnvironmentProblem when rank 0 has ended meanwhile.
     """
+    if chain.store and env.world().size > env.world().local_size:
+        return
     end = time.monotonic() + PATIENCE
     while not is_ours(record := marker(chain, stage)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -137,6 +141,7 @@ def update(chain: Chain, stage: str, **values: Any) -> None:
     """Change entries of the stage's marker. Raises: EnvironmentProblem if the run is another attempt's by now."""
     run_lock.check(chain.run_dir(stage))
     files.write_json(chain.run_dir(stage).state, {**marker(chain, stage), **values})
+    mirror.push(chain.run_dir(stage))
 
 
 def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jobs import stages, state
 from jobs.stages import Chain
-from utils import ahead, checkpoint_files, env, log, paths, run_lock, startup
+from utils import ahead, checkpoint_files, env, files, log, mirror, mirror_views, paths, run_lock, startup
 from utils.errors import InputError, Stopped, cli
 from utils.paths import CHAIN_FILE, RunDir
 
@@ -36,6 +36,9 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
     log_file = run_dir.rank_log(env.job_id(), env.restarts(), rank)
     paths.make_private(run_dir.path)
     log.setup(rank, log_file)
+    if chain.store:
+        with files.lock(chain.dir.path / ".mirror.lock"):
+            mirror_views.pull_markers(chain.url(), chain.dir.path)
     if state.is_done(chain, stage, resolved):
         log.info(f"{stage} is already done: {run_dir.path}")
         return
@@ -44,7 +47,7 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             f"{stage} has begun from something its parent does not have any more; "
             f"python jobs/launch.py --from {stage} sets it aside and trains it again"
         )
-    with _alone(run_dir, rank):
+    with _alone(run_dir, rank), mirror.kept(run_dir, rank):
         try:
             sources = _sources(chain, stage, resolved)
         except InputError as error:
@@ -63,8 +66,8 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             startup.done("inputs")
             if rank == 0:
                 state.update(chain, stage, inputs=inputs)
-            files = {key: source["path"] for key, source in inputs.items() if source["from"]}
-            result = program.main(chain.argv(stage, words, files))
+            given = {key: source["path"] for key, source in inputs.items() if source["from"]}
+            result = program.main(chain.argv(stage, words, given))
             if rank == 0:
                 state.done(chain, stage, result)
         except Stopped as stopped:
@@ -102,11 +105,14 @@ def _sources(chain: Chain, stage: str, resolved: Mapping[str, Any]) -> dict[str,
     needed = chain.needs(stage, resolved)
     for key, source in chain.stages[stage].inputs.items():
         if (given := resolved[key]) != source:  # by hand; null is a choice too
+            given = given and str(mirror_views.fetch(given, paths.staging_root(chain.run_dir(stage))))
             found[key] = Source(None, _existing(key, given) if given else None, None)
             continue
         parent, _, output = source.partition(".")
         record = state.read(chain, parent)
         if record["status"] == "done":
+            if chain.store:
+                mirror_views.pull(chain.url(parent), chain.run_dir(parent).path)
             left = record["outputs"][output]
             found[key] = Source(source, _existing(source, left["path"]), left["sha256"])
         elif parent in needed:
@@ -155,8 +161,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Chain, str, list[str]]:
     parser.add_argument("stage")
     parser.add_argument("--file", type=Path, default=CHAIN_FILE, help="chain file (default: %(default)s)")
     parser.add_argument("--name", help="chain name: runs/NAME/ (default: the chain file's)")
+    parser.add_argument("--store", help="where run directories are kept too (default: the chain file's)")
     arguments, words = parser.parse_known_args(argv)
-    chain = stages.load(arguments.file, arguments.name)
+    chain = stages.load(arguments.file, arguments.name, arguments.store)
     return chain, chain.stage(arguments.stage).name, words
 
 

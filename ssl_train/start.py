@@ -45,7 +45,7 @@ def start(
 T = TypeVar("T")
 
 
-def all_or_none(make: Callable[[], T], device: torch.device) -> T:
+def all_or_none(make: Callable[[], T]) -> T:
     """What `make` returns on each rank. Raises: Stopped on every rank if a signal stopped it on one."""
     made: list[T] = []
     stopped = None
@@ -53,7 +53,7 @@ def all_or_none(make: Callable[[], T], device: torch.device) -> T:
         made.append(make())
     except Stopped as error:
         stopped = error
-    if dist.mean(torch.tensor(float(bool(made)), device=device)) < 1:
+    if dist.mean(torch.tensor(float(bool(made)))) < 1:
         raise stopped or Stopped("stopped by a signal to another rank; the same again goes on")
     return made[0]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ssl_train.config import Config, parse
@@ -41,6 +40,7 @@ from utils import (
     hooks,
     image_cache,
     loader,
+    mirror_views,
     optim,
     paths,
     resume,
@@ -53,10 +53,11 @@ from utils.engine import LossFn, Scalars, TrainState
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pretrain. Returns outputs `last` and `backbone`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
-    run_dir = paths.RunDir(Path(cfg.run_dir))
+    run_dir = paths.RunDir.of(cfg.run_dir)
     how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
-        path, same_round = resume.starting_point(cfg.resume, None, run_dir.checkpoints, env.restarts())
+        named = str(mirror_views.fetch(cfg.resume, paths.staging_root(run_dir)))
+        path, same_round = resume.starting_point(named, None, run_dir.checkpoints, env.restarts())
         saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train") if path else None
         if dist.rank() == 0:
             resume.make_room(run_dir.checkpoints, saved if same_round else None)
@@ -89,7 +90,7 @@ def train(
     """Train to the last epoch, from `saved` or from random weights."""
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
-    images = all_or_none(lambda: image_cache.of(tree, cfg.data.cache, cfg.workers), device)
+    images = all_or_none(lambda: image_cache.of(tree, cfg.data.cache, cfg.workers))
     views = Views(images, seed=cfg.seed, **asdict(cfg.augment))
     batches = ShuffledBatches(len(images), cfg.batch_size, cfg.seed, cfg.model.bn_groups)
     conditions = checkpoint.conditions(

@@ -1,22 +1,36 @@
-"""CPU and CUDA behind a handful of verbs."""
+"""CPU, CUDA, XLA and, untested, torch-tpu behind a handful of verbs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from utils.env import World
 from utils.errors import EnvironmentProblem
 from utils.shared_config import DeviceName, Precision
 
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
 
 
-def pick(name: DeviceName, local_rank: int) -> torch.device:
+BACKENDS = {"cuda": "nccl", "tpu": "tpu_dist"}  # how devices' ranks talk; all others' meet on the host
+
+
+def pick(name: DeviceName, world: World) -> torch.device:
     """The device of this rank: `auto` is CUDA when there is any. Raises: EnvironmentProblem, never a fallback."""
+    local_rank = world.local_rank
+    if name == "xla":
+        return _xla().pick(world)
+    if name == "tpu":
+        return _torch_tpu(local_rank)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -29,8 +43,30 @@ def pick(name: DeviceName, local_rank: int) -> torch.device:
     return device
 
 
+def _xla() -> ModuleType:
+    from utils import xla  # and with it torch_xla, which has an environment of its own
+
+    return xla
+
+
+def _torch_tpu(local_rank: int) -> torch.device:
+    """A chip by torch-tpu, which torch loads by itself where it is installed. Untested: it has no emulation."""
+    device = torch.device("tpu", local_rank)
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentProblem(f"device=tpu: {reason}; on a TPU VM, pip install -e .[torch-tpu]") from None
+    return device
+
+
 def place(model: Module, device: torch.device) -> Module:
-    """`model` on `device`, the weights of convolutions in channels_last: the faster format for float32 and bf16."""
+    """`model` on `device`, the weights of convolutions in channels_last: the faster format for float32 and bf16.
+
+    XLA lays out its memory itself.
+    """
+    if device.type == "xla":
+        return model.to(device)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
@@ -47,7 +83,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
     """`auto` is bf16 where the hardware computes in it, else float32: emulated bf16 is slower than float32."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
+    if device.type == "xla":
+        native = _xla().computes_in_bf16()
+    elif device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
@@ -61,8 +99,64 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def seed(number: int, device: torch.device) -> None:
+    """Seed all generators that a step on `device` draws from."""
+    torch.manual_seed(number)
+    if device.type == "xla":
+        _xla().seed(number)
+
+
+def step(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Step with the gradients averaged over ranks, by now on CPU and CUDA, here on XLA."""
+    if device.type == "xla":
+        _xla().step(optimizer)
+    else:
+        optimizer.step()
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """See `dist.gather`; there are several ranks."""
+    if rows.device.type == "xla":
+        return _xla().gather(rows)
+    gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+@contextlib.contextmanager
+def fed(batches: Iterator[T], device: torch.device) -> Iterator[Iterator[T]]:
+    """`batches`, which the program copies to its device; for XLA a thread does, ahead of time."""
+    if device.type != "xla":
+        yield batches
+        return
+    with contextlib.closing(_xla().Batches(batches, device)) as ahead:
+        yield ahead
+
+
+def launch_xla(rank: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """`rank(ordinal, *arguments)` in a new process for each XLA device of this machine."""
+    _xla().launch(rank, arguments)
+
+
+def xla_rank(port: int) -> dict[str, str]:
+    """This process's place among those that `launch_xla` has started, as torchrun's variables."""
+    return _xla().variables(port)
+
+
+def compiles() -> int:
+    """How many graphs XLA has compiled in this process."""
+    return _xla().compiles()
+
+
+def off_xla(values: Any) -> Any:
+    """`values`, nested, with XLA's tensors copied to the CPU: to compute with them there would be another graph."""
+    return pytree.tree_map_only(torch.Tensor, lambda one: one.cpu() if one.device.type == "xla" else one, values)
+
+
 def kind_of(device: torch.device) -> str:
     """What computes: other hardware gives other last digits."""
+    if device.type == "xla":
+        return _xla().kind()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {torch.backends.cpu.get_cpu_capability()}"
@@ -70,4 +164,4 @@ def kind_of(device: torch.device) -> str:
 
 def describe(device: torch.device) -> str:
     """The device in words, for logs and reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else kind_of(device)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import env, log, paths, rendezvous, run_lock, startup, stop
-from utils.device import describe, make_deterministic, pick
+from utils import device as devices
+from utils import env, log, mirror, paths, rendezvous, run_lock, startup, stop
+from utils.device import off_xla
 from utils.errors import Stopped, error_like, exit_code, explained, one_line
 from utils.paths import RunDir
 from utils.shared_config import DeviceName
@@ -27,13 +28,11 @@ _host_group: dist.ProcessGroup | None = None  # for what ranks tell each other p
 def session(
     device: DeviceName, run_dir: RunDir, *, timeout: float, workers: int = 0, deterministic: bool = False
 ) -> Iterator[torch.device]:
-    """Join this run's ranks (NCCL on CUDA, gloo on the CPU), start this rank's log, and yield its device.
+    """Join this run's ranks (NCCL on CUDA, gloo on CPU and XLA), start this rank's log, and yield its device.
 
     No other run writes to `run_dir` meanwhile, and signals that ask for the end are noted (`utils.stop`).
     This rank's `workers` loader processes get cores of their own: on the CPU sharing costs several times as much.
-
-    Args:
-        timeout: seconds; longer than any step, validation pass or save. A rank that is stopped ends the others then.
+    `timeout`, in seconds, is longer than any step, validation pass or save; a stopped rank ends the others then.
 
     Raises: EnvironmentProblem when the ranks cannot find each other, lose one, or the device is not there;
     InputError when the directory is another run's.
@@ -46,16 +45,17 @@ def session(
         paths.make_private(run_dir.path)
         if world.rank == 0:
             stack.enter_context(run_lock.owned(run_dir))
+        stack.enter_context(mirror.kept(run_dir, world.rank))
         log.setup(world.rank, run_dir.rank_log(env.job_id(), env.restarts(), world.rank))
         if deterministic:
-            make_deterministic()
-        chosen = pick(device, world.local_rank)
+            devices.make_deterministic()
+        chosen = devices.pick(device, world)
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // world.local_size)
         torch.set_num_threads(max(1, cores - workers))
-        log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {describe(chosen)}")
+        log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {devices.describe(chosen)}")
         if world.size > 1:
             dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
+                devices.BACKENDS.get(chosen.type, "gloo"),
                 store=rendezvous.store(world, run_dir),
                 rank=world.rank,
                 world_size=world.size,
@@ -106,10 +106,12 @@ def agree(value: str) -> str:
     if size() == 1:
         return value
     # as bytes: torch's own way to send objects unpickles what it gets
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    text = torch.tensor(list(value.encode()), dtype=torch.uint8, device=device)
-    length = broadcast(torch.tensor(len(text), device=device))
-    return bytes(broadcast(text if rank() == 0 else text.new_zeros(int(length))).tolist()).decode()
+    text = torch.tensor(list(value.encode()), dtype=torch.uint8)
+    length = torch.tensor(len(text))
+    dist.broadcast(length, src=0, group=_host_group)
+    text = text if rank() == 0 else text.new_zeros(int(length))
+    dist.broadcast(text, src=0, group=_host_group)
+    return bytes(text.tolist()).decode()
 
 
 def from_rank_0(decide: Callable[[], str]) -> str:
@@ -153,12 +155,12 @@ class Wishes:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over ranks; itself when there is one rank.
+    """`model` with gradients averaged over ranks; itself when there is one rank, and on XLA, see `device.step`.
 
     Buffers are not broadcast each step: what training reads of them (MoCo's queue) is the same on every rank
     already, and BatchNorm's running averages, which it never reads, are taken from rank 0 when it matters.
     """
-    if size() == 1:
+    if size() == 1 or device.type == "xla":
         return model
     # Gradients are summed in other groups after a process's first step, a resumed one's too, unless DDP has to look
     # for unused ones; sums of more than two ranks' feel that in the last digits. It warns that there are none.
@@ -168,10 +170,11 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise mean over ranks."""
+    """Elementwise mean over ranks; of XLA's values it is on the CPU, where no other graph is compiled for it."""
+    values = off_xla(values)
     if size() > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_host_group if values.device.type == "cpu" else None)
         values /= size()
     return values
 
@@ -179,17 +182,14 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 def broadcast(values: torch.Tensor) -> torch.Tensor:
     """Rank 0's values on every rank, in place."""
     if size() > 1:
-        dist.broadcast(values, src=0)
+        dist.broadcast(shared := off_xla(values), src=0)
+        values.copy_(shared)
     return values
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
     """(n, ...) of every rank, n the same on all -> (n * ranks, ...) in rank order; one collective, not waited for."""
-    if size() == 1:
-        return rows
-    gathered = rows.new_empty((size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    return rows if size() == 1 else devices.gather(rows)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

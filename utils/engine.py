@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from utils import device as devices
 from utils import dist
+from utils.compiles import WatchCompiles
 from utils.device import autocast
 from utils.hooks import Hook
 from utils.loader import seed_from, start
@@ -49,29 +51,36 @@ def fit(
     seed: int,
     device: torch.device,
     precision: str,
+    last_step: int | None = None,
 ) -> None:
     """Train until `epochs` epochs are finished in all, from wherever `state` is, within an epoch too.
 
+    An epoch in which step `last_step` is done ends there and is the last one.
+
     Random numbers drawn in a step depend on (seed, step, rank) only, so a resumed run draws the same ones.
     """
-    while state.epoch < epochs:
+    if device.type == "xla":
+        hooks = [WatchCompiles(), *hooks]
+    while state.epoch < epochs and state.step != last_step:
         loader.batch_sampler.go_to(state.epoch, state.batch)  # type: ignore[union-attr]
         state.model.train()
         for hook in hooks:
             hook.before_epoch(state)
-        for batch in start(loader):
-            torch.manual_seed(seed_from(seed, state.step, dist.rank()))
+        for batch in start(loader, device):
+            devices.seed(seed_from(seed, state.step, dist.rank()), device)
             set_lr(state.optimizer, schedule(state.epoch, state.step))
             with autocast(device, precision):
                 losses, numbers = loss_fn(batch)
             loss = torch.stack(list(losses.values())).sum()
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            state.optimizer.step()
+            devices.step(state.optimizer, device)
             state.step += 1
             state.batch += 1
             for hook in hooks:
                 hook.after_step(state, {"loss": loss.detach(), **losses, **numbers})
+            if state.step == last_step:
+                break
         for hook in hooks:
             hook.before_end(state)
         state.epoch += 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from utils import checkpoint, dist, log, startup, stop
+from utils.device import off_xla
 from utils.errors import DivergedError, Stopped
 from utils.metrics import MetricsWriter
 from utils.paths import RunDir
@@ -77,7 +78,8 @@ class LogMetrics(Hook):
         """Bring `state.rows` up to date. Raises: DivergedError if a loss, or a weight now, is not finite."""
         if self.pending:
             names = list(self.pending[0])
-            table = dist.mean(torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending]))
+            rows = off_xla(self.pending)
+            table = dist.mean(torch.stack([torch.stack([row[name].float() for name in names]) for row in rows]))
             self.pending = []
             for values in table.tolist():
                 if not all(map(math.isfinite, values)):
@@ -86,7 +88,7 @@ class LogMetrics(Hook):
 
     def check_weights(self, state: TrainState) -> None:
         """Raises: DivergedError on every rank. The losses so far are of the weights before the last step."""
-        finite = torch.stack([value.isfinite().all() for value in state.model.state_dict().values()])
+        finite = torch.stack([value.isfinite().all() for value in off_xla(state.model.state_dict()).values()])
         if dist.mean(finite.all().float()) < 1:
             raise DivergedError(f"weights are not finite after step {state.step}; lower optim.lr")
 

@@ -16,9 +16,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import dist, loader_processes, stop
+from utils.device import fed
 from utils.errors import InputError
 
 WAIT = 0.7  # of the time that ranks wait for each other: the cause is known before they give up
+CPU = torch.device("cpu")
 Key = tuple[int, int]  # (epoch, index)
 
 
@@ -150,17 +152,20 @@ def make(
     )
 
 
-def start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of `loader`; a signal while its workers start reaches none that does not ignore it yet.
+def start(loader: DataLoader[Any], device: torch.device = CPU) -> Iterator[Any]:
+    """The batches of `loader`, see `device.fed`.
+
+    A signal while its workers start reaches none that does not ignore it yet.
 
     Raises: EnvironmentProblem when the workers give nothing for nearly as long as a rank may.
     """
     seconds = WAIT * dist.patience() if loader.num_workers else 0
     with loader_processes.answer_within(seconds), stop.held_back():
-        batches = iter(loader)
-    while True:
-        with loader_processes.answer_within(seconds):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+        made = iter(loader)
+    with fed(made, device) as batches:
+        while True:
+            with loader_processes.answer_within(seconds):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch

@@ -5,13 +5,17 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import torch
 
-from utils import stop
+from utils import log, stop
 from utils.errors import EnvironmentProblem
+
+SILENT = "a loader process gave nothing for {:.0f} s: it hangs, or the disk does; the rest of this log says more"
 
 
 def prepare(_: int) -> None:
@@ -28,26 +32,38 @@ def answer_within(seconds: float) -> Iterator[None]:
         return
 
     def silent(*_: object) -> None:
-        raise EnvironmentProblem(
-            f"a loader process gave nothing for {seconds:.0f} s: it hangs, or the disk does; "
-            "the rest of this log says more"
-        )
+        raise EnvironmentProblem(SILENT.format(seconds))
 
+    if threading.current_thread() is not threading.main_thread():  # a rank of utils/xla_run.py: no signal reaches it
+        alarm = threading.Timer(seconds, _give_up, (seconds,))
+        alarm.start()
+        try:
+            yield
+        finally:
+            alarm.cancel()
+        return
     before = signal.signal(signal.SIGALRM, silent)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     except EnvironmentProblem:
-        _end()  # torch waits for its thread that talks to them
+        end()  # torch waits for its thread that talks to them
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
+def _give_up(seconds: float) -> None:
+    log.warning(SILENT.format(seconds))
+    end()
+    os._exit(EnvironmentProblem.exit_code)
+
+
 @atexit.register  # later than multiprocessing's own, which it therefore precedes
-def _end() -> None:
+def end() -> None:
     """They ignore the TERM by which multiprocessing would end them with this program, and wait for it for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -31,6 +31,14 @@ class RunDir:
     """One stage's directory: `runs/<chain>/<stage>/`."""
 
     path: Path
+    url: str | None = None  # where it is kept too, see utils/mirror.py
+
+    @classmethod
+    def of(cls, text: str) -> RunDir:
+        """The run directory of a configuration; one with a URL is worked on under `runs/`."""
+        if "://" not in text or text.startswith("file://"):
+            return cls(Path(text.removeprefix("file://")))
+        return cls(RUNS / ".remote" / re.sub(r"[^A-Za-z0-9._/-]+|/+", "_", text) / "run", text)
 
     @property
     def config(self) -> Path:
@@ -124,7 +132,7 @@ class ChainDir:
 
 def chains() -> list[str]:
     """The names of the chains that have a directory."""
-    return [path.name for path in RUNS.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return [path.name for path in RUNS.glob("*") if path.is_dir() and NAME.fullmatch(path.name) and path.name[0] != "."]
 
 
 def node_disk() -> Path | None:

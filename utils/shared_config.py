@@ -8,7 +8,8 @@ from typing import Literal
 ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 OnError = Literal["error", "skip"]  # unusable data: list it and end, or leave out exactly that
 Stage = Literal["direct", "unpack", "mount"]  # what is done with an archive of data, see utils/squashfs.py
-DeviceName = Literal["auto", "cpu", "cuda"]
+DeviceName = Literal["auto", "cpu", "cuda", "xla", "tpu"]
+COMPILING = ("xla", "tpu")  # devices that compile each shape they meet, which takes seconds to minutes
 # Where and how fast a stage runs, never which result it has: what is done stays done when these change.
 MACHINE_KEYS = frozenset(
     {"run_dir", "resume", "device", "workers", "log_every", "collective_timeout", "allow_world_change"}

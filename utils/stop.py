@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -26,15 +27,27 @@ def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
 
 
+def note() -> None:
+    """Note the signals from now on."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Note the signals instead of dying of them; afterwards they do what they did before."""
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    """Note the signals instead of dying of them; afterwards they do what they did before.
+
+    In another thread than the main one who started it has called `note`.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():
+        note()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
         _received.clear()
 
 

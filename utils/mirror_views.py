@@ -1,0 +1,76 @@
+"""What others than a run itself want of its copy in a bucket: its marker, one of its files, to begin anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from utils import checkpoint_files, files, manifest, object_cache, paths, storage
+from utils.errors import CheckpointError, InputError
+from utils.mirror import Mirror, move_marker
+from utils.paths import RunDir
+
+
+def pull(url: str, folder: Path) -> None:
+    """Bring a whole run directory to `folder`, see `Mirror.pull`."""
+    Mirror(url, folder).pull()
+
+
+def pull_markers(url: str, folder: Path) -> None:
+    """Bring to the chain's directory `folder` how far each stage of the chain in `url` is.
+
+    Raises: EnvironmentProblem if the bucket does not answer.
+    """
+    objects = storage.listing(url)
+    stages = {one.url.removeprefix(storage.join(url, "")).partition("/")[0] for one in objects}
+    for stage in sorted(stages):
+        there = storage.join(url, stage)
+        if not (found := manifest.found_in(there, objects)):
+            continue
+        run_dir = RunDir(folder / paths.check_name(stage, "stage name"))
+        now = manifest.read(found)
+        if now.number <= Mirror(there, run_dir.path).number():
+            continue
+        paths.make_private(run_dir.path)
+        for file in (run_dir.metrics, run_dir.state):
+            if entry := now.files.get(file.name):
+                manifest.fetch(there, entry, file)
+        move_marker(run_dir.path, now.root)
+
+
+def newest_checkpoint(url: str) -> str | None:
+    """The name of the newest checkpoint of the run in `url`."""
+    named = [Path(name).name for name in manifest.newest(url).files]
+    known = [name for name in named if checkpoint_files.NAME.fullmatch(name)]
+    return max(known, key=checkpoint_files.position, default=None)
+
+
+def begin_anew(url: str) -> None:
+    """Have the run in `url` hold nothing; what it held stays in the bucket, named in the manifest's `aside`."""
+    before = manifest.newest(url)
+    if before.files:
+        aside = [*before.aside, before.files]
+        manifest.write(url, replace(before, number=before.number + 1, files={}, aside=aside))
+
+
+def fetch(path: str | Path, root: Path) -> Path:
+    """A local file: a path as it is, an object from the cache below `root`.
+
+    A URL below a run directory, such as gs://bucket/runs/mine/r3/checkpoints/best.pth, is what its manifest names so.
+
+    Raises: InputError when there is neither; CheckpointError for another content than the manifest's.
+    """
+    try:
+        return object_cache.fetch(path, root)
+    except InputError:
+        base = str(path)
+        for _ in range(2):  # in the run directory, or in its checkpoints
+            base = base.rpartition("/")[0]
+            entry = manifest.newest(base).files.get(str(path)[len(base) + 1 :])
+            if not entry:
+                continue
+            found = object_cache.fetch(storage.join(base, entry.object), root)
+            if files.sha256(found) != entry.sha256:
+                raise CheckpointError(f"{path}: damaged: its sha256 is not the one in the manifest") from None
+            return found
+        raise
