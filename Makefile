@@ -1,6 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
+TPU := .venv-tpu
 BIN := $(VENV)/bin
 SEED ?= 1
 FAULTS ?= 40
@@ -8,7 +9,7 @@ BENCH ?=
 # Test files run side by side: many wait for daemons most of the time. Threads that wait must not spin meanwhile.
 TOGETHER ?= 3
 
-.PHONY: demo test check bench chaos cluster-up cluster-down install install-dev
+.PHONY: demo test test-tpu check bench chaos cluster-up cluster-down install install-dev install-tpu
 
 demo: install
 	$(BIN)/python -m utils.sample_data data/demo
@@ -17,6 +18,10 @@ demo: install
 test: install-dev check
 	$(BIN)/python -m tests.cluster install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder
+	$(MAKE) test-tpu
+
+test-tpu: $(TPU)/.installed-test # what needs torch_xla, on XLA's CPU device
+	PJRT_DEVICE=CPU OMP_WAIT_POLICY=PASSIVE $(TPU)/bin/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_*xla*.py)
 
 check: install-dev
 	$(BIN)/ruff check .
@@ -38,14 +43,26 @@ cluster-down:
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
+install-tpu: $(TPU)/.installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: setup.py constraints.txt constraints-common.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: setup.py constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: setup.py constraints.txt constraints-common.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(TPU)/bin/python:
+	$(PYTHON) -m venv $(TPU)
+
+$(TPU)/.installed: setup.py constraints-tpu.txt constraints-common.txt | $(TPU)/bin/python
+	$(TPU)/bin/pip install -q -c constraints-tpu.txt -e '.[tpu]'
+	touch $@
+
+$(TPU)/.installed-test: setup.py constraints-tpu.txt constraints-common.txt | $(TPU)/bin/python
+	$(TPU)/bin/pip install -q -c constraints-tpu.txt -e '.[tpu,test]'
+	touch $@ $(TPU)/.installed

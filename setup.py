@@ -5,6 +5,9 @@ Its folders are called `utils` and `evaluate`; installed, they would shadow othe
 
 from setuptools import setup
 
+GCS = ["gcsfs>=2026.3"]  # gs:// paths: 105 MB
+TEST = ["pytest", "pytest-xdist", "gcp-storage-emulator>=2026.7"]
+
 setup(
     name="relay-vision",
     version="0.1.0",
@@ -24,10 +27,10 @@ setup(
         "pillow>=10",
     ],
     extras_require={
-        "gcs": ["gcsfs>=2026.3"],  # gs:// paths: 105 MB
-        "dev": [
-            *["pytest", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
-            *["gcsfs>=2026.3", "gcp-storage-emulator>=2026.7"],
-        ],
+        "gcs": GCS,
+        "tpu": ["torch_xla[tpu]==2.9.*", "torch==2.9.*", "torchvision==0.24.*", *GCS],  # by `make install-tpu`
+        "torch-tpu": ["torch-tpu>=0.2", "torch>=2.11", *GCS],  # what follows torch_xla; untested, see utils/device.py
+        "test": TEST,
+        "dev": [*TEST, *GCS, "ruff", "mypy", "import-linter", "types-PyYAML"],
     },
 )

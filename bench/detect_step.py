@@ -21,7 +21,7 @@ from torch import nn
 from bench.measure import Row, arguments, race, report, wall
 from bench.operators import Operators
 from bench.peers import torchvision_detector
-from detect_train import model, nms
+from detect_train import model, nms, norms
 from detect_train.targets import Batch, Targets, pad
 from utils.device import autocast, resolve_precision
 from utils.sample_scenes import scene
@@ -144,7 +144,7 @@ def on_the_cpu(pixels: int, rounds: int) -> Iterator[Row]:
     with mock.patch.dict(model.NORMS, frozen=torchvision.ops.FrozenBatchNorm2d):
         batched = ours(given, **small)
     yield timed("  batched proposals and losses alone", batched, theirs, rounds, None)
-    with mock.patch.dict(torchvision_detector.NORMS, frozen=model.FrozenNorm):
+    with mock.patch.dict(torchvision_detector.NORMS, frozen=norms.FrozenNorm):
         normed = peer(given, **small)
     yield timed("  one operation a frozen norm alone", normed, theirs, rounds, None)
     few: dict[str, Any] = {**small, **FEW}

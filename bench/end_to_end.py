@@ -27,7 +27,7 @@ from ssl_train.batches import ShuffledBatches
 from ssl_train.data import Batch, Views
 from ssl_train.start import start
 from ssl_train.train import contrastive_loss
-from utils import engine, loader, optim, squashfs
+from utils import engine, env, loader, optim, squashfs
 from utils.device import describe, pick, resolve_precision
 from utils.image_cache import Decoded
 from utils.sample_data import UNLABELED, Sample, make
@@ -59,7 +59,7 @@ class InMemory:
 def run(cores: int, steps: int, rounds: int, archive: Path) -> tuple[float, float, float]:
     """Images a second from the archive and in memory, and the median of their ratio, on the first `cores` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    device = pick("auto", 0)
+    device = pick("auto", env.world())
     small = [] if device.type == "cuda" else ["batch_size=16", "model.arch=resnet18"]
     cfg = ssl_train.config.parse(["--run-dir", "bench", "--dataset-root", str(archive), *small])
     workers = cores - 1
@@ -102,7 +102,7 @@ def main() -> None:
             print(*run(asked.cores, asked.steps, asked.rounds, Path(os.environ["ARCHIVE"])))
             return
         make(Path(folder), SAMPLE)
-        on_a_gpu = pick("auto", 0).type == "cuda"
+        on_a_gpu = pick("auto", env.world()).type == "cuda"
         rows = []
         for cores in sorted({1, asked.cores}):
             words = ["--alone", "1", "--cores", str(cores), "--steps", str(asked.steps), "--rounds", str(asked.rounds)]
@@ -123,7 +123,8 @@ def main() -> None:
                     None if cores == 1 and on_a_gpu else GOAL,
                 )
             )
-    measure.report(f"Training from an archive, against the same step in memory ({describe(pick('auto', 0))})", rows)
+    used = describe(pick("auto", env.world()))
+    measure.report(f"Training from an archive, against the same step in memory ({used})", rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bench.peers.published_moco import PublishedMoCo, momentum_loop, train_step
 from ssl_train.data import Batch, to_device
 from ssl_train.model import MoCo
 from ssl_train.train import contrastive_loss
-from utils import optim
+from utils import env, optim
 from utils.device import autocast, pick, place, resolve_precision
 
 RECIPE: dict[str, Any] = {"dim": 128, "queue": 65536, "momentum": 0.999, "temperature": 0.2}
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = choices(words.batch, words.side, words.rounds) + parts(words.rounds) + operators()
     if torch.cuda.is_available():
-        rows += gpu(pick("cuda", 0), words.gpu_batch, words.rounds)
+        rows += gpu(pick("cuda", env.world()), words.gpu_batch, words.rounds)
     else:
         print("ResNet-50 at 224 px on a GPU: not measured, there is none.")
     if resolve_precision("auto", CPU) != "bf16":

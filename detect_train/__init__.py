@@ -1,1 +1,1 @@
-"""Faster R-CNN with a feature pyramid, fine-tuned in rounds."""
+"""Detectors trained on labelled images: Faster R-CNN in rounds, and two kinds whose shapes never change."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 
 import torch
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torch import nn
 
 from utils import checkpoint, log
 from utils.errors import InputError
@@ -36,13 +36,13 @@ class Account:
         return ", ".join(f"{len(names)} {kind}" for kind, names in vars(self).items())
 
 
-def load_backbone(model: GeneralizedRCNN, path: Path) -> Account:
-    """Load the ResNet of `model` from a weights file.
+def load_backbone(model: nn.Module, path: Path) -> Account:
+    """Load `model.backbone.body`, a ResNet, from a weights file.
 
     Raises: InputError with the account and names unless every tensor of the backbone is in the file, in its
     shape, and none is left over (as when a resnet34 is given for a resnet18).
     """
-    body = model.backbone.body
+    body = model.get_submodule("backbone.body")
     own = body.state_dict()
     given, dropped = _resnet(path)
     common = sorted(given.keys() & own.keys())
@@ -71,7 +71,11 @@ def _resnet(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The ResNet's tensors in a file under torchvision's names, and the names of what is left aside."""
     content = checkpoint.read(path)
     if content.get("format") == checkpoint.FORMAT:
-        remedy = {"moco": "give the backbone.pth exported from it", "detector": "give it as init or --resume"}
+        remedy = {
+            "moco": "give the backbone.pth exported from it",
+            "detector": "give it as init or --resume",
+            "unet": "give it as unet",
+        }
         raise InputError(f"{path}: a {content['kind']} checkpoint, not a backbone; {remedy[content['kind']]}")
     nested = content.get("state_dict", content)
     tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from detect_train import reading
 from detect_train.data import Example
+from detect_train.targets import to_device
 from utils import coco, dist, loader, log, stop
-from utils.device import autocast
+from utils.device import autocast, off_xla
 from utils.errors import DivergedError, Stopped
 from utils.labels import LabelIndex
 
@@ -30,12 +34,13 @@ def predict(
     device: torch.device,
     precision: str,
 ) -> np.ndarray:
-    """Run a torchvision detector over `dataset`, its images split over the ranks, each seen once.
+    """Run a detector over `dataset`, its images split over the ranks, each seen once.
 
     Args:
         model: in whatever mode; evaluates in eval mode and is put back.
-        dataset: `dataset[i]` is ((3, H, W) image, target with `image_id`); ids are unique.
-        batch_size: images in one forward pass of one rank. Part of the result, as images are padded to the
+        dataset: `dataset[i]` is (image, target with `image_id`) as the model's reader gives it (`reading.of`), of
+            torchvision's detectors a (3, H, W) image; ids are unique.
+        batch_size: images in one forward pass of one rank. Part of the result, as torchvision's pad images to the
             largest of their batch; the number of ranks is not. (On the CPU the number of threads is, in the
             last digits.)
         precision: `float32` or `bf16`.
@@ -52,13 +57,16 @@ def predict(
     was_training = model.training
     model.eval()
     wishes = dist.Wishes()
-    data = loader.make(dataset, batches, workers=workers, device=device, collate=images_and_ids)
-    with _watched(model, device) as finite:
-        for done, (images, some_ids) in enumerate(loader.start(data), start=1):
+    reader = reading.of(model)
+    gather = partial(reader.gather, batch_size=batch_size)
+    data = loader.make(dataset, batches, workers=workers, device=device, collate=gather)
+    with _watched(model, reader.watched, device) as finite:
+        for done, given in enumerate(loader.start(data, device), start=1):
             with autocast(device, precision):
-                outputs = model([image.to(device, non_blocking=True) for image in images])
-            ids += some_ids
-            found += outputs
+                outputs = model(to_device(given.images, device))
+            outputs, _ = off_xla((outputs, finite))  # both: else each batch's is the next one's to compute again
+            ids += given.ids
+            found += reader.detections(outputs, given.sizes)
             if done % LOG_EVERY == 0:
                 log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
             # as often on every rank, though some have a batch more than others
@@ -69,9 +77,9 @@ def predict(
     model.train(was_training)
     if dist.mean(finite) < 1:
         raise DivergedError("the detector's scores or boxes are not finite")
-    seen = dist.gather_rows(torch.tensor(ids, dtype=torch.int64, device=device))
+    seen = dist.gather_rows(torch.tensor(ids, dtype=torch.int64, device=_common(device)))
     assert len(seen) == len(seen.unique()) == len(dataset), (len(seen), len(dataset))  # type: ignore[arg-type]
-    table = dist.gather_rows(_rows(ids, found, device)).cpu().numpy()
+    table = dist.gather_rows(_rows(ids, found, _common(device))).cpu().numpy()
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
@@ -87,35 +95,35 @@ def _rows(ids: list[int], found: list[dict[str, torch.Tensor]], device: torch.de
     return rows
 
 
+def _common(device: torch.device) -> torch.device:
+    """Where ranks put tables together. XLA's on the host: each length would be a graph to compile."""
+    return torch.device("cpu") if device.type == "xla" else device
+
+
 def measure(
     index: LabelIndex, detections: np.ndarray, device: torch.device, evaluator: coco.Evaluator = "auto"
 ) -> tuple[dict[str, float], coco.Result | None]:
     """COCO's twelve numbers by name on every rank, computed by rank 0, which gets the whole result too."""
     result = coco.evaluate(index, detections, evaluator) if dist.rank() == 0 else None
-    numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=device)
+    numbers = torch.zeros(len(coco.METRICS), dtype=torch.float64, device=_common(device))
     if result:
         numbers.copy_(torch.tensor([result.stats[name] for name in coco.METRICS], dtype=numbers.dtype))
     return dict(zip(coco.METRICS, dist.broadcast(numbers).tolist(), strict=True)), result
 
 
-def images_and_ids(examples: Sequence[Example]) -> tuple[list[torch.Tensor], list[int]]:
-    """A batch without what the detector does not need."""
-    return [image for image, _ in examples], [int(target["image_id"]) for _, target in examples]
-
-
 @contextlib.contextmanager
-def _watched(model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
-    """A number on the device, 1 until a score or box offset that `model` computes is not finite, then 0.
+def _watched(model: nn.Module, parts: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
+    """A number on the device, 1 until a score or box offset that `parts` of `model` compute is not finite, then 0.
 
     torchvision drops boxes with NaN scores: a model whose activations overflow would be reported as AP 0.
     """
-    finite = torch.ones((), device=device)
+    finite = torch.ones(1).to(device)  # as a number, or made there, XLA would take it for part of the first graph
 
-    def check(module: nn.Module, given: Any, outputs: Sequence[Any]) -> None:
-        for part in outputs:
-            for values in part if isinstance(part, list) else [part]:
-                finite.mul_(values.isfinite().all())  # nothing waits for it here
+    def check(module: nn.Module, given: Any, outputs: Any) -> None:
+        for values in pytree.tree_leaves(outputs):
+            finite.mul_(values.isfinite().all())  # nothing waits for it here
 
-    heads = [model.get_submodule(name) for name in ("rpn.head", "roi_heads.box_predictor")]
-    with heads[0].register_forward_hook(check), heads[1].register_forward_hook(check):
+    with contextlib.ExitStack() as hooks:
+        for name in parts:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(check))
         yield finite

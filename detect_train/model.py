@@ -1,41 +1,26 @@
-"""Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid (Lin et al., 2017), from torchvision's parts."""
+"""Each kind of detector by its head's name; and Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid (Lin
+et al., 2017), from torchvision's parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import FrozenBatchNorm2d
 
+from detect_train import dense
 from detect_train.heads import RESOLUTION, BoxHeads, BoxPredictor, Detections, PyramidPool
+from detect_train.norms import NORMS
 from detect_train.proposals import Anchors, Losses, ProposalHead, Proposals
 from detect_train.targets import Images, Targets
 from detect_train.transform import Transform
+from detect_train.two_stage import model as two_stage
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BOX_FEATURES = 1024
-
-
-class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's, which in bf16 is one operation that leaves the features bf16: theirs become float32.
-
-    In float32 theirs keeps less for the backward pass.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-# Layers, not modes: `.train()` cannot thaw a frozen one. On one rank SyncBatchNorm is BatchNorm2d.
-NORMS = {"frozen": FrozenNorm, "sync": nn.SyncBatchNorm, "train": nn.BatchNorm2d}
 
 
 class Detector(GeneralizedRCNN):
@@ -61,7 +46,16 @@ class Detector(GeneralizedRCNN):
         return self.transform.postprocess(detections, batch.image_sizes, given)
 
 
-def build(
+def build(*, head: str = "rcnn", **architecture: Any) -> Any:
+    """The detector of an architecture, with random weights; nothing is downloaded.
+
+    Args:
+        head: a key of `BUILDERS`, to which the rest goes; old checkpoints, of R-CNNs all, do not name it.
+    """
+    return BUILDERS[head](**architecture)
+
+
+def faster_rcnn(
     *,
     num_classes: int,
     backbone: str,
@@ -76,7 +70,7 @@ def build(
     score_threshold: float,
     detections_per_image: int,
 ) -> Detector:
-    """A detector with random weights; nothing is downloaded. Arguments as in `config.Model`.
+    """Arguments as in `config.Model`.
 
     Args:
         num_classes: with the background, which is class 0.
@@ -113,7 +107,14 @@ def build(
     return Detector(pyramid, proposals, heads, Transform(tuple(min_size), max_size))
 
 
-def from_checkpoint(content: Mapping[str, Any]) -> tuple[Detector, tuple[str, ...]]:
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "rcnn": faster_rcnn,
+    "dense": dense.build,
+    "two_stage": two_stage.build,
+}
+
+
+def from_checkpoint(content: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The detector and the class names (label 1 first) of a checkpoint, which needs no other file."""
     model = build(**content["architecture"])
     model.load_state_dict(content["model"])

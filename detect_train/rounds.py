@@ -13,6 +13,7 @@ from detect_train.backbone import load_backbone
 from detect_train.config import Config
 from detect_train.model import build
 from utils import checkpoint, checkpoint_files, dist, log, optim, resume
+from utils.device import place
 from utils.engine import TrainState
 from utils.errors import InputError
 
@@ -50,6 +51,8 @@ def start(
     if saved is None and cfg.backbone:
         load_backbone(model, Path(cfg.backbone))
     model.to(device)
+    if conditions["precision"] == "bf16":  # as `Transform` gives images; before momenta are loaded, which follow it
+        place(model, device)
     sgd = optim.sgd(model, lr=cfg.optim.lr, momentum=cfg.optim.momentum, weight_decay=cfg.optim.weight_decay)
     state = TrainState(model, sgd)
     if saved:
@@ -92,7 +95,7 @@ def name_best(saved: Mapping[str, Any], path: Path) -> float | None:
 def check_same(identity: Identity, saved: Mapping[str, Any]) -> None:
     """Raises: InputError when a checkpoint's weights mean something else than this run's."""
     ours = {**identity["architecture"], "classes": identity["classes"]}
-    theirs = {**saved["architecture"], "classes": saved["classes"]}
-    if differing := [key for key in ours if key not in FREE and ours[key] != theirs[key]]:
-        values = "; ".join(f"{key} {brief(theirs[key])} there, {brief(ours[key])} here" for key in differing)
+    theirs = {"head": "rcnn", **saved["architecture"], "classes": saved["classes"]}  # old ones do not name it
+    if differing := [key for key in ours if key not in FREE and ours[key] != theirs.get(key)]:
+        values = "; ".join(f"{key} {brief(theirs.get(key))} there, {brief(ours[key])} here" for key in differing)
         raise InputError(f"the checkpoint is of another detector: {values}")

@@ -11,7 +11,7 @@ Images = torch.Tensor | Sequence[torch.Tensor]  # (B, 3, H, W), or (3, H, W) eac
 
 
 class Targets(NamedTuple):
-    """The objects of B images, padded with zeros to the G of the image that has most (1 if none has any)."""
+    """The objects of B images, padded with zeros to the G of the image that has most, or to a fixed G."""
 
     boxes: torch.Tensor  # (B, G, 4) float32, xyxy pixels
     labels: torch.Tensor  # (B, G) int64 in 1..C
@@ -28,18 +28,22 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """On the device; nothing waits for copies out of pinned memory."""
-        if isinstance(self.images, torch.Tensor):
-            images: Images = self.images.to(device, non_blocking=True)
-        else:
-            images = [image.to(device, non_blocking=True) for image in self.images]
-        return Batch(images, Targets(*(part.to(device, non_blocking=True) for part in self.targets)))
+        targets = Targets(*(part.to(device, non_blocking=True) for part in self.targets))
+        return Batch(to_device(self.images, device), targets)
 
 
-def pad(targets: Sequence[Mapping[str, Any]]) -> Targets:
-    """Targets of single images, `boxes` (k, 4) and `labels` (k,), as one."""
+def to_device(images: Images, device: torch.device) -> Images:
+    """On the device; nothing waits for copies out of pinned memory."""
+    if isinstance(images, torch.Tensor):
+        return images.to(device, non_blocking=True)
+    return [image.to(device, non_blocking=True) for image in images]
+
+
+def pad(targets: Sequence[Mapping[str, Any]], rows: int = 1) -> Targets:
+    """Targets of single images, `boxes` (k, 4) and `labels` (k,), as one of at least `rows` objects."""
     boxes, labels = ([torch.as_tensor(target[name]) for target in targets] for name in ("boxes", "labels"))
     counts = torch.tensor([len(part) for part in boxes])
-    rows = max(1, *map(len, boxes))
+    rows = max(rows, *map(len, boxes))
     padded = Targets(boxes[0].new_zeros(len(boxes), rows, 4), labels[0].new_zeros(len(boxes), rows), counts)
     for image, (some_boxes, some_labels) in enumerate(zip(boxes, labels, strict=True)):
         padded.boxes[image, : len(some_boxes)] = some_boxes

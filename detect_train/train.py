@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from detect_train.config import Config, parse
+from detect_train.config import Config, Data, parse
 from utils.errors import InputError, cli
 
 if __name__ == "__main__":
@@ -27,8 +26,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from detect_train import rounds
-from detect_train.data import DetectionImages, collate
+from detect_train import reading, rounds
 from detect_train.validation import Validate
 from utils import (
     checkpoint,
@@ -41,6 +39,7 @@ from utils import (
     hooks,
     labels,
     loader,
+    mirror_views,
     optim,
     paths,
     resume,
@@ -55,11 +54,12 @@ from utils.tree import Tree
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train one round. Returns outputs `last` and `best`, metrics of the last epoch, and the epochs done."""
     cfg = parse(argv)
-    run_dir = paths.RunDir(Path(cfg.run_dir))
+    run_dir = paths.RunDir.of(cfg.run_dir)
     how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
         directory = run_dir.checkpoints
-        path, same_round = resume.starting_point(cfg.resume, cfg.init, directory, env.restarts())
+        here = mirror_views.brought(cfg, run_dir)
+        path, same_round = resume.starting_point(here.resume, here.init, directory, env.restarts())
         saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
         if dist.rank() == 0:
             resume.make_room(directory, saved if same_round else None)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
             epochs, best, summary = saved["epochs_done"], saved["best"], saved["summary"]
         else:
-            state = train(cfg, run_dir, device, saved, same_round)
+            state = train(here, run_dir, device, saved, same_round)
             epochs, best, summary = state.epoch, state.best, state.summary
         last = checkpoint_files.newest(directory)
     return {
@@ -92,10 +92,10 @@ def train(
         raise InputError("model.norm=sync: on the CPU only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
-    training, validation = read_labels(cfg, run_dir, tree)
+    training, validation = read_labels(cfg.data, run_dir, tree)
     batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
     identity: dict[str, Any] = {
-        "architecture": {"num_classes": 1 + len(training.classes), **asdict(cfg.model)},
+        "architecture": {"num_classes": 1 + len(training.classes), **cfg.model.architecture()},
         "classes": list(training.classes),
     }
     conditions = checkpoint.conditions(
@@ -106,8 +106,6 @@ def train(
         optim=asdict(cfg.optim),
     )
     state = rounds.start(cfg, identity, saved, same_round, conditions, device)
-    if precision == "bf16":
-        state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as `Transform` gives images
     if not same_round:
         rounds.adopt_best(cfg, identity, state, run_dir.checkpoints)
 
@@ -119,12 +117,13 @@ def train(
     def files_of(epoch: int, batch: int) -> list[str]:
         return [training.shown(index) for index in batches.indices(epoch, batch)]
 
-    images = loader.Seeded(DetectionImages(training, flip=True), cfg.seed)
+    reader = reading.of(state.model)
+    images = loader.Seeded(reader.examples(training, flip=True), cfg.seed)
     metrics, save = hooks.standard(run_dir, state, cfg, payload, files_of)
     how: dict[str, Any] = {"workers": cfg.workers, "device": device, "precision": precision}
     engine.fit(
         state,
-        loader.make(images, batches, collate=collate, workers=cfg.workers, device=device),
+        loader.make(images, batches, collate=reader.collate(training), workers=cfg.workers, device=device),
         detection_loss(dist.parallel(state.model, device), device),
         [metrics, Validate(validation, metrics.writer, save, batch_size=cfg.batch_size // dist.size(), **how), save],
         epochs=cfg.epochs,
@@ -136,11 +135,11 @@ def train(
     return state
 
 
-def read_labels(cfg: Config, run_dir: paths.RunDir, tree: Tree) -> list[LabelIndex]:
+def read_labels(data: Data, run_dir: paths.RunDir, tree: Tree) -> list[LabelIndex]:
     """The training and the validation split, both checked before anything is trained."""
-    classes = labels.read_classes(Path(cfg.data.classes)) if cfg.data.classes else None
+    classes = labels.read_classes(data.classes) if data.classes else None
     caches = {split: run_dir.label_index(split) for split in ("training", "validation")}
-    indexes = labels.load_splits(tree, caches, classes=classes, on_error=cfg.data.on_error)
+    indexes = labels.load_splits(tree, caches, classes=classes, on_error=data.on_error)
     for index in indexes:
         if not len(index.labels):
             raise InputError(f"{tree}: no box in the {index.split} split")
@@ -148,7 +147,7 @@ def read_labels(cfg: Config, run_dir: paths.RunDir, tree: Tree) -> list[LabelInd
 
 
 def detection_loss(detector: nn.Module, device: torch.device) -> LossFn:
-    """The detector's four losses of a batch."""
+    """The detector's losses of a batch."""
     return lambda batch: (detector(*batch.to(device)), {})
 
 

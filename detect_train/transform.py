@@ -11,7 +11,6 @@ from detect_train.targets import Images, Targets
 from utils.images import MEAN, STD
 
 DIVISIBLE = 32  # by which both sides of the padded batch are: the stride of the coarsest level of the backbone
-Size = tuple[int, int]  # height, width
 
 
 class Transform(GeneralizedRCNNTransform):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from detect_train.data import DetectionImages
+from detect_train import reading
 from detect_train.inference import measure, predict
 from utils import dist
 from utils.engine import TrainState
@@ -40,14 +40,14 @@ class Validate(Hook):
             "device": device,
             "precision": precision,
         }
-        self.images = DetectionImages(index, flip=False)
 
     def before_end(self, state: TrainState) -> None:
         # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
         for buffer in state.model.buffers():
             dist.broadcast(buffer)
+        images = reading.of(state.model).examples(self.index, flip=False)
         try:
-            detections = predict(state.model, self.images, **self.how)
+            detections = predict(state.model, images, **self.how)
         except Stopped:
             self.save.now(state)  # the epoch's steps; the validation is done again
             raise

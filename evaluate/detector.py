@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from detect_train.model import Detector, from_checkpoint
+from detect_train.model import from_checkpoint
 from utils import checkpoint
 from utils.errors import InputError, one_line
 from utils.label_files import is_class_name
@@ -32,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
     return saved
 
 
-def build(path: str, saved: dict[str, Any]) -> tuple[Detector, tuple[str, ...]]:
+def build(path: str, saved: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """The detector of a checkpoint and its classes. Raises: InputError when its parts contradict each other."""
     names, count = saved["classes"], saved["architecture"].get("num_classes")
     if not all(map(is_class_name, names)) or len(set(names)) != len(names) or count != len(names) + 1:

@@ -30,10 +30,11 @@ if __name__ == "__main__":
 
 import torch
 
-from detect_train.data import DetectionImages
+from detect_train import reading
+from detect_train.config import refused
 from detect_train.inference import measure, predict
 from evaluate import detector
-from utils import coco, dist, env, files, labels, log, paths, squashfs
+from utils import coco, dist, env, files, labels, log, mirror_views, paths, squashfs
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
 
@@ -43,7 +44,7 @@ PACKAGES = ("torch", "torchvision")  # whose versions the report names, besides 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate and report; returns the report's path and the twelve numbers, on every rank."""
     cfg = config.parse(argv)
-    run_dir = paths.RunDir(Path(cfg.run_dir))
+    run_dir = paths.RunDir.of(cfg.run_dir)
     out = run_dir.report(env.job_id())
     try:
         with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, workers=cfg.workers) as device:
@@ -66,7 +67,10 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
         files.write_text(run_dir.config, to_yaml(cfg))
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
     evaluator = coco.library(cfg.evaluator)
-    saved = detector.load(Path(cfg.checkpoint))
+    checkpoint = Path(mirror_views.brought(cfg, run_dir).checkpoint)
+    saved = detector.load(checkpoint)
+    if problem := refused(cfg.device, saved["architecture"].get("head", "rcnn")):  # old ones do not name it
+        raise InputError(f"{cfg.checkpoint}: {problem}")
     model, classes = detector.build(cfg.checkpoint, saved)
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
@@ -79,7 +83,7 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     try:
         detections = predict(
             model.to(device),
-            DetectionImages(index, flip=False),
+            reading.of(model).examples(index, flip=False),
             batch_size=cfg.batch_size,
             workers=cfg.workers,
             device=device,
@@ -91,13 +95,14 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
         torch.set_num_threads(threads)
     stats, result = measure(index, detections, device, evaluator)
     if result:
-        write(cfg, run_dir, saved, index, machine, result)
+        write(cfg, run_dir, checkpoint, saved, index, machine, result)
     return stats, saved["epochs_done"]
 
 
 def write(
     cfg: config.Config,
     run_dir: paths.RunDir,
+    checkpoint: Path,
     saved: dict[str, Any],
     index: labels.LabelIndex,
     machine: dict[str, Any],
@@ -108,7 +113,7 @@ def write(
         "job": env.job_id(),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "checkpoint": cfg.checkpoint,
-        "sha256": files.sha256(Path(cfg.checkpoint)),
+        "sha256": files.sha256(checkpoint),
         "epoch": saved["epochs_done"] - 1,
         "resumes": saved["resumes"],  # of all rounds
         "exact": f"no, {'; '.join(saved['inexact'])}" if saved["inexact"] else "yes",

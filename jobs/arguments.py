@@ -26,9 +26,11 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     add("--all", action="store_true", help="with --status: a line for each chain under runs/")
     add("--cancel", action="store_true", help="cancel the chain's jobs")
     add("--dry-run", action="store_true", help="print scripts and dependencies, change nothing")
-    add("--cluster", choices=("slurm", "local", "debug"), help="debug: everything inside this process")
+    add("--cluster", choices=("slurm", "local", "debug", "tpu"), help="debug: everything inside this process")
     add("--name", help="chain name: runs/NAME/ (default: the chain file's)")
     add("--file", type=Path, default=CHAIN_FILE, help="chain file (default: jobs/chain.yaml)")
+    add("--store", metavar="URL", help="mirror run directories there, gs://bucket/folder (default: the chain file's)")
+    add("--device", metavar="NAME", help="short for device=NAME, where a stage runs; --cluster tpu is --device xla")
     add("--ranks", type=int, default=1, help="local: processes of a stage (default: %(default)s)")
     add("--sbatch", action="append", default=[], metavar="OPTION",
         help="--sbatch=--mem=8G: an sbatch option over every stage's header; may be repeated")  # fmt: skip
@@ -36,4 +38,9 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     arguments = parser.parse_intermixed_args(argv)
     if arguments.all and not arguments.status:
         raise InputError("--all: only with --status")
+    device = "xla" if arguments.cluster == "tpu" else arguments.device
+    if arguments.device not in (None, device):
+        raise InputError(f"--device {arguments.device}: the chips of --cluster tpu are xla")
+    if device:
+        arguments.words.append(f"device={device}")
     return arguments

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 
-from jobs import state, submit, tagged
+from jobs import state, store, submit, tagged
 from jobs.plan import Resources, Step
 from jobs.scheduler import Patience
 from jobs.stages import Chain
@@ -84,7 +84,7 @@ def _complete(
         if not step:
             return jobs
         if step.action == "again" and chain.run_dir(step.stage).path.exists():
-            paths.set_aside(chain.run_dir(step.stage).path)
+            store.set_aside(chain, step.stage)
         time.sleep(max(0.0, earliest - time.monotonic()))
         earliest = time.monotonic() + 1 / PER_SECOND
         try:

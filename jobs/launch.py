@@ -5,6 +5,7 @@
     python jobs/launch.py --from r2 r2.optim.lr=0.001               # train r2 and what depends on it again
     python jobs/launch.py --only eval data.split=training           # one stage again
     python jobs/launch.py --chain --name mine --dry-run             # show, change nothing
+    python jobs/launch.py --chain --cluster tpu --file jobs/my.yaml # on Google's TPU VMs, see jobs/tpu.yaml
     python jobs/launch.py --status --name mine                      # or --cancel; --status --all: a line a chain
 
 A word key=value goes to every selected stage that knows the key, r1.key=value to r1 alone.
@@ -25,18 +26,24 @@ if not __package__:  # run as a file: the checkout belongs on the path, jobs/ do
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.arguments import parse
-from utils.errors import InputError, cli
+from utils.errors import EnvironmentProblem, InputError, cli
 
 if __name__ == "__main__":
     cli(lambda: parse(__doc__))  # --help and a wrong word need nothing else
 
-from jobs import enqueue, local, preflight, scheduler, stages, state, status, submit, tagged
+from jobs import enqueue, local, preflight, scheduler, stages, state, status, store, submit, tagged, tpu, tpu_run
 from jobs.alone import alone
 from jobs.plan import Resources, Step, make, select
 from jobs.scheduler import Patience
 from jobs.stages import Chain
 from jobs.tagged import Queued
 from utils.paths import ROOT
+
+INSTEAD_OF_RANKS = {
+    "slurm": "on Slurm use --sbatch=--ntasks-per-node=N",
+    "debug": "debug is one process, the launcher's",
+    "tpu": "a TPU VM runs one on each of its chips",
+}
 
 
 def launch(chain: Chain, arguments: argparse.Namespace) -> None:
@@ -54,17 +61,24 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
     elif arguments.sbatch:
         raise InputError(f"--sbatch: the cluster is {cluster}, not slurm")
     if cluster != "local" and arguments.ranks > 1:
-        instead = "on Slurm use --sbatch=--ntasks-per-node=N" if asked else "debug is one process, the launcher's"
-        raise InputError(f"--ranks is for --cluster local; {instead}")
+        raise InputError(f"--ranks is for --cluster local; {INSTEAD_OF_RANKS[cluster]}")
+    code = None
+    if cluster == "tpu":
+        code = tpu.check(chain, selected)
+    if not arguments.dry_run:
+        store.refresh(chain)
     steps, problems = make(chain, selected, arguments.words, again)
     starting = [step for step in steps if step.action != "skip"]
     for step in starting:
         ranks = submit.ranks(asked[step.stage]) if asked else arguments.ranks
-        problems += [f"{step.stage}: {text}" for text in preflight.problems(chain, step, ranks)]
+        found = tpu.problems(chain, step, code) if code else preflight.problems(chain, step, ranks)
+        problems += [f"{step.stage}: {text}" for text in found]
     if asked:
         problems += submit.refusals(chain, {step.stage: asked[step.stage] for step in starting}, patience)
     if problems:
         raise InputError("\n  ".join(["nothing was started:", *problems]))
+    if arguments.dry_run and code:
+        return tpu.show(chain, steps, code)
     if arguments.dry_run:
         show(chain, steps, asked, arguments.ranks, _live(chain, steps, asked, patience))
         return
@@ -73,6 +87,9 @@ def launch(chain: Chain, arguments: argparse.Namespace) -> None:
         _live(chain, steps, asked, patience)
         if asked:
             print(status.columns(enqueue.submit_all(chain, steps, asked, patience)))
+        elif code:
+            tpu_run.run(chain, steps, code)
+            print(local.results(chain) if not again else status.table(chain))
         else:
             local.run(chain, steps, arguments.ranks, debug=cluster == "debug")
             print(local.results(chain))
@@ -125,13 +142,25 @@ def cancel(chain: Chain) -> None:
     print(f"cancelled: {listed or 'nothing was queued or running'}")
 
 
+def _refreshed(chain: Chain) -> list[str]:
+    """Have the markers here that the chain's store has; what kept it from that."""
+    try:
+        store.refresh(chain)
+    except EnvironmentProblem as error:
+        return [f"as far as this machine knows: {error}"]
+    return []
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(__doc__, argv)
-    chain = stages.load(arguments.file, arguments.name)
+    chain = stages.load(arguments.file, arguments.name, arguments.store)
     if arguments.status or arguments.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    if arguments.status:
-        print(status.overview(chain) if arguments.all else status.table(chain))
+    if arguments.status and arguments.all:
+        print(status.overview(chain))
+    elif arguments.status:
+        note = _refreshed(chain)
+        print(status.table(chain), *note, sep="\n")
     elif arguments.cancel:
         cancel(chain)
     elif arguments.chain or arguments.start or arguments.only:

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs import state, status, worker
+from jobs import state, status, store, worker
 from jobs.after import silent_end
 from jobs.plan import Step
 from jobs.stages import Chain
-from utils import env, paths, stop
+from utils import env, mirror_views, stop
 from utils.errors import RelayError, Stopped
 from utils.paths import ROOT
 
@@ -30,6 +30,8 @@ def command(chain: Chain, step: Step, ranks: int) -> list[str]:
     """The command line of one stage: one process, or torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     words = chain.worker_words(step.stage, step.words)
+    if step.config.get("device") == "xla":  # a process for each of this machine's chips
+        return [sys.executable, "-m", "utils.xla_run", "-m", "jobs.worker", *words]
     return [sys.executable, *(torchrun if ranks > 1 else []), "-m", "jobs.worker", *words]
 
 
@@ -43,7 +45,7 @@ def run(chain: Chain, steps: Sequence[Step], ranks: int, debug: bool) -> None:
             print(f"{step.stage}: done already, skipped", flush=True)
             continue
         if step.action == "again":
-            aside = paths.set_aside(chain.run_dir(step.stage).path)
+            aside = store.set_aside(chain, step.stage)
             print(f"{step.stage}: what was done before is now in {aside}", flush=True)
         print(f"{step.stage}: starting", flush=True)
         if debug:
@@ -74,6 +76,8 @@ def _failure(chain: Chain, stage: str, code: int, job: str) -> RelayError:
     if record["status"] == "running":  # it had no time to say why
         state.finish(chain, stage, silent_end(code, "its process"), record["log"])
         record = state.marker(chain, stage)
+    if record["status"] == "done":
+        return StageFailed(f"{stage} is done, but its process ended with exit code {code}, see above", code)
     if record["status"] == "preempted":
         return Stopped(f"{stage}: {record['cause']}")
     return StageFailed(f"{stage} failed: {record['cause']} (log: {record['log']})", record["exit_code"])
@@ -89,6 +93,8 @@ def results(chain: Chain) -> str:
             for name, output in record["outputs"].items():
                 lines.append(f"{stage} {name}: {output['path']}")
                 if name == "report":
+                    if chain.store:
+                        mirror_views.pull(chain.url(stage), chain.run_dir(stage).path)
                     report = Path(output["path"]).read_text().splitlines()
                     table = [line for line in report if line.lstrip().startswith("Average ")]
     return "\n".join([*lines, "", *table])

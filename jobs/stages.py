@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs import tpu_config
 from jobs.overrides import distribute
+from jobs.tpu_config import Tpu
 from utils import config, typed_yaml
 from utils.errors import InputError
 from utils.paths import ROOT, ChainDir, RunDir, check_name
@@ -55,13 +57,20 @@ class Chain:
     file: Path
     stages: Mapping[str, Stage]
     overrides: Mapping[str, Sequence[str]]  # stage -> the file's own key=value words
+    store: str | None = None  # URL below which the run directories are mirrored
+    tpu: Tpu | None = None
 
     @property
     def dir(self) -> ChainDir:
         return ChainDir.named(self.name)
 
     def run_dir(self, stage: str) -> RunDir:
-        return self.dir.stage(stage)
+        return RunDir(self.dir.stage(stage).path, self.url(stage) if self.store else None)
+
+    def url(self, *stage: str) -> str:
+        """Where the store has the chain, or one stage's run directory. Only for a chain with a store."""
+        assert self.store
+        return "/".join((self.store.rstrip("/"), self.name, *stage))
 
     def stage(self, name: str) -> Stage:
         """Raises: InputError."""
@@ -78,7 +87,8 @@ class Chain:
 
     def worker_words(self, stage: str, words: Sequence[str]) -> list[str]:
         """The command line of the stage's worker."""
-        return [stage, f"--file={self.file}", f"--name={self.name}", *words]  # a name may begin with a dash
+        store = [f"--store={self.store}"] if self.store else []
+        return [stage, f"--file={self.file}", f"--name={self.name}", *store, *words]  # a name may begin with a dash
 
     def resolve(self, stage: str, words: Sequence[str]) -> dict[str, Any]:
         """The stage's configuration by dotted key; an input that a parent will give reads `stage.output`.
@@ -112,10 +122,14 @@ def _at_home(word: str) -> str:
     return f"{key}={Path(value).expanduser()}" if value.startswith("~/") else word
 
 
-def load(file: Path, name: str | None = None) -> Chain:
-    """The chain of a chain file, under another `name` if given. Raises: InputError listing every problem."""
+def load(file: Path, name: str | None = None, store: str | None = None) -> Chain:
+    """The chain of a chain file, with another `name` and `store` if given.
+
+    Raises: InputError listing every problem.
+    """
     fields: Fields = {}
     inputs: Fields = {}
+    elsewhere: dict[str, Any] = {}
     overrides, problems = [], []
     for key, value in _flat(file).items():
         match key.split("."):
@@ -127,10 +141,17 @@ def load(file: Path, name: str | None = None) -> Chain:
                 inputs.setdefault(stage, {})[".".join(parts)] = str(value)
             case ["stages", stage, "module" | "config" | "slurm" as field]:
                 fields.setdefault(stage, {})[field] = str(value)
+            case ["store"] | ["tpu", *_]:
+                elsewhere[key] = value
+            case ["stages", stage, *_]:
+                problems.append(config.unknown(key, [f"stages.{stage}.{field}" for field in (*FIELDS, "inputs")]))
             case _:
-                known = f"name, overrides, stages.<stage>.{'|'.join(FIELDS)}|inputs"
-                problems.append(f"unknown key {key!r} (known: {known})")
+                problems.append(config.unknown(key, ["name", "overrides", "stages", "store", "tpu"]))
     problems += _problems(fields, inputs)
+    try:
+        places = tpu_config.read(file.name, elsewhere)
+    except InputError as error:
+        problems.append(str(error))
     if problems:
         raise InputError("\n  ".join([f"{file}:", *problems]))
     stages = {
@@ -144,7 +165,9 @@ def load(file: Path, name: str | None = None) -> Chain:
         raise InputError(f"{file}: stages wait for each other: {' -> '.join(error.args[1])}") from None
     name = check_name(name or file.stem, "chain name")
     shared = distribute(overrides, stages, order, str(file))
-    return Chain(name, file.resolve(), {stage: stages[stage] for stage in order}, shared)
+    tpu = places.tpu if any(key != "store" for key in elsewhere) else None
+    ordered = {stage: stages[stage] for stage in order}
+    return Chain(name, file.resolve(), ordered, shared, store or places.store, tpu)
 
 
 def _flat(file: Path) -> dict[str, Any]:

@@ -141,7 +141,6 @@ def update(chain: Chain, stage: str, **values: Any) -> None:
     """Change entries of the stage's marker. Raises: EnvironmentProblem if the run is another attempt's by now."""
     run_lock.check(chain.run_dir(stage))
     files.write_json(chain.run_dir(stage).state, {**marker(chain, stage), **values})
-    mirror.push(chain.run_dir(stage))
 
 
 def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:
@@ -155,7 +154,13 @@ def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:
         checkpoint_files.verify(path)
         path.chmod(path.stat().st_mode & ~0o222)
     rest = {"epochs": result["epochs"], "metrics": result["metrics"], "ended": now()}
+    before = marker(chain, stage)
     update(chain, stage, status="done", outputs=outputs, **rest)
+    try:
+        mirror.push(chain.run_dir(stage))
+    except EnvironmentProblem:  # then it is not done for who asks the bucket, and this directory says the same
+        files.write_json(chain.run_dir(stage).state, before)
+        raise
     chain.run_dir(stage).room.unlink(missing_ok=True)
 
 

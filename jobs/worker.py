@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs import stages, state
+from jobs import stages, state, store
 from jobs.stages import Chain
 from utils import ahead, checkpoint_files, env, files, log, mirror, mirror_views, paths, run_lock, startup
 from utils.errors import InputError, Stopped, cli
@@ -36,9 +36,8 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
     log_file = run_dir.rank_log(env.job_id(), env.restarts(), rank)
     paths.make_private(run_dir.path)
     log.setup(rank, log_file)
-    if chain.store:
-        with files.lock(chain.dir.path / ".mirror.lock"):
-            mirror_views.pull_markers(chain.url(), chain.dir.path)
+    with files.lock(chain.dir.path / ".mirror.lock"):  # by one rank of a machine after the other
+        store.refresh(chain)
     if state.is_done(chain, stage, resolved):
         log.info(f"{stage} is already done: {run_dir.path}")
         return

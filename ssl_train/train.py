@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run_dir = paths.RunDir.of(cfg.run_dir)
     how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
-        named = str(mirror_views.fetch(cfg.resume, paths.staging_root(run_dir)))
-        path, same_round = resume.starting_point(named, None, run_dir.checkpoints, env.restarts())
+        start_from = mirror_views.brought(cfg, run_dir).resume
+        path, same_round = resume.starting_point(start_from, None, run_dir.checkpoints, env.restarts())
         saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train") if path else None
         if dist.rank() == 0:
             resume.make_room(run_dir.checkpoints, saved if same_round else None)

@@ -30,7 +30,7 @@ def test_the_rounds_are_the_published_ones() -> None:
         assert cfg.model == rounds[0].model and cfg.model.backbone == "resnet50"
 
 
-@pytest.mark.parametrize("prefix", ["", "demo_"])
+@pytest.mark.parametrize("prefix", ["", "demo_", "dense_", "demo_dense_"])
 def test_a_later_round_lowers_the_rate_and_adds_epochs(prefix: str) -> None:
     rounds = [parse(["--config", str(CONFIGS / f"{prefix}r{n}.yaml"), *NEEDED, *BACKBONE]) for n in (1, 2, 3)]
     for before, after in itertools.pairwise(rounds):

@@ -23,7 +23,8 @@ from detect_train.data import collate
 from detect_train.geometry import decode
 from detect_train.heads import PyramidPool, sort_by_level
 from detect_train.matching import match, sample
-from detect_train.model import Detector, FrozenNorm, build
+from detect_train.model import Detector, build
+from detect_train.norms import FrozenNorm
 from detect_train.targets import Batch, Targets, pad
 from detect_train.transform import Transform
 from tests.test_detect_model import SMALL

@@ -147,7 +147,7 @@ def test_without_its_last_image_there_is_no_report(best: Path, data: Path, tmp_p
 
 def write_report(folder: Path, saved: dict[str, Any], index: labels.LabelIndex, result: coco.Result) -> None:
     cfg = config.parse(arguments(folder, folder / "best.pth", folder))
-    run.write(cfg, RunDir(folder), saved, index, {"evaluator": "hotcoco"}, result)
+    run.write(cfg, RunDir(folder), folder / "best.pth", saved, index, {"evaluator": "hotcoco"}, result)
 
 
 def die_at_operation(folder: Path, number: int) -> None:

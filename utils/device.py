@@ -150,6 +150,8 @@ def compiles() -> int:
 
 def off_xla(values: Any) -> Any:
     """`values`, nested, with XLA's tensors copied to the CPU: to compute with them there would be another graph."""
+    if any(isinstance(one, torch.Tensor) and one.device.type == "xla" for one in pytree.tree_leaves(values)):
+        _xla().sync()  # all at once; copied one by one, each would be a graph of its own
     return pytree.tree_map_only(torch.Tensor, lambda one: one.cpu() if one.device.type == "xla" else one, values)
 
 

@@ -51,17 +51,14 @@ def fit(
     seed: int,
     device: torch.device,
     precision: str,
-    last_step: int | None = None,
 ) -> None:
     """Train until `epochs` epochs are finished in all, from wherever `state` is, within an epoch too.
-
-    An epoch in which step `last_step` is done ends there and is the last one.
 
     Random numbers drawn in a step depend on (seed, step, rank) only, so a resumed run draws the same ones.
     """
     if device.type == "xla":
         hooks = [WatchCompiles(), *hooks]
-    while state.epoch < epochs and state.step != last_step:
+    while state.epoch < epochs:
         loader.batch_sampler.go_to(state.epoch, state.batch)  # type: ignore[union-attr]
         state.model.train()
         for hook in hooks:
@@ -79,8 +76,6 @@ def fit(
             state.batch += 1
             for hook in hooks:
                 hook.after_step(state, {"loss": loss.detach(), **losses, **numbers})
-            if state.step == last_step:
-                break
         for hook in hooks:
             hook.before_end(state)
         state.epoch += 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from utils import checkpoint_files, files, manifest, object_cache, paths, storage
 from utils.errors import CheckpointError, InputError
 from utils.mirror import Mirror, move_marker
 from utils.paths import RunDir
+
+C = TypeVar("C", bound=Any)  # a program's configuration
+FILES = frozenset({"backbone", "init", "best", "resume", "unet", "checkpoint"})  # keys
 
 
 def pull(url: str, folder: Path) -> None:
@@ -51,6 +55,13 @@ def begin_anew(url: str) -> None:
     if before.files:
         aside = [*before.aside, before.files]
         manifest.write(url, replace(before, number=before.number + 1, files={}, aside=aside))
+
+
+def brought(cfg: C, run_dir: RunDir) -> C:
+    """A program's configuration with files in place of URLs: checkpoints and weights. Raises: see `fetch`."""
+    given = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    urls = {key: value for key, value in given.items() if key in FILES and value and storage.is_url(value)}
+    return replace(cfg, **{key: str(fetch(url, paths.staging_root(run_dir))) for key, url in urls.items()})
 
 
 def fetch(path: str | Path, root: Path) -> Path:

@@ -84,6 +84,11 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     else:
         _average_on_host(optimizer)
         optimizer.step()
+    sync()
+
+
+def sync() -> None:
+    """Hand what was traced to the device."""
     torch_xla.sync()
 
 
