@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_names_and_words_arrive_on_the_vm_as_they_are(here: TpuCheckout) -> None
     expected = ["-m", "jobs.worker", "pretrain", *places, *words[:2], "optim.lr=0.5", "device=xla"]
     assert here.google.remote() == [expected]
     assert here.state("pretrain", "-odd.Name_")["config"]["data.note"] == "-a  b c"  # what YAML makes of it
+
+
+def test_the_commands_of_the_readme(here: TpuCheckout) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (on_a_vm,) = [block for block in blocks if "--cluster tpu" in block]
+    (in_a_vm,) = [block for block in blocks if "--device xla" in block]
+    for python, block in (("python ", on_a_vm), (".venv-tpu/bin/python ", in_a_vm)):
+        for line in block.splitlines():
+            done = here.run(sys.executable, *shlex.split(line.removeprefix(python)), HOME=str(here.google.disk))
+            assert done.returncode == 0, f"{line}\n{done.stdout}"
+    assert [words[2] for words in here.google.remote()] == ["pretrain", "r1", "r2", "r3", "eval", "pretrain"]
 
 
 def test_a_dry_run_prints_every_command_as_the_shell_takes_it(here: TpuCheckout) -> None:
