@@ -73,7 +73,7 @@ class Model:
                 " layers that keep their weights would drift; or norm=frozen",
             ),
             (
-                bool(sizes) and 32 <= min(sizes) <= max(sizes) <= self.max_size,
+                "min_size" in UNUSED[self.head] or (bool(sizes) and 32 <= min(sizes) <= max(sizes) <= self.max_size),
                 f"min_size={list(sizes)}, max_size={self.max_size}: one or more of 32 up to max_size",
             ),
             (

@@ -28,6 +28,8 @@ FREE = {
     "box_batch_size",
     "score_threshold",
     "detections_per_image",
+    "samples",
+    "overlap",
 }
 
 

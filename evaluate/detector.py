@@ -24,7 +24,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         saved = checkpoint.load(path, "detector", "give a checkpoint of detect_train")
     except InputError:
-        if is_backbone(checkpoint.read(path)):
+        content = checkpoint.read(path)
+        if content.get("kind") != "unet" and is_backbone(content):
             raise InputError(f"{path} is a backbone only: train a detector on it first (detect_train)") from None
         raise
     # torchvision drops boxes with NaN scores: such weights would be reported as AP 0

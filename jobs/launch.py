@@ -5,7 +5,7 @@
     python jobs/launch.py --from r2 r2.optim.lr=0.001               # train r2 and what depends on it again
     python jobs/launch.py --only eval data.split=training           # one stage again
     python jobs/launch.py --chain --name mine --dry-run             # show, change nothing
-    python jobs/launch.py --chain --cluster tpu --file jobs/my.yaml # on Google's TPU VMs, see jobs/tpu.yaml
+    python jobs/launch.py --chain --cluster tpu --file jobs/mine.yaml # on Google's TPU VMs, see jobs/tpu.yaml
     python jobs/launch.py --status --name mine                      # or --cancel; --status --all: a line a chain
 
 A word key=value goes to every selected stage that knows the key, r1.key=value to r1 alone.

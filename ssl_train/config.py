@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,9 @@ FLAGS = {
     "--batch-size": "batch_size",
     "--epochs": "epochs",
     "--workers": "workers",
+    "--test": "quick",
 }
+QUICK = 6  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class Config(Training):
     model: Model
     augment: Augment
     optim: Sgd  # lr is the start of the cosine
+    quick: bool  # one epoch of 6 steps instead: does everything run?
 
     def problems(self) -> list[str]:
         model = self.model
@@ -98,4 +101,5 @@ class Config(Training):
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line. Raises: InputError listing every problem."""
     line = config.parser("ssl_train.train", FLAGS, DEFAULT, "Pretrain a ResNet with MoCo-v2, without labels.")
-    return config.parse(Config, line, argv)
+    parsed = config.parse(Config, line, argv)
+    return replace(parsed, epochs=1) if parsed.quick else parsed

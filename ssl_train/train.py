@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ssl_train.config import Config, parse
+from ssl_train.config import QUICK, Config, parse
 from utils.errors import cli
 
 if __name__ == "__main__":
@@ -92,7 +92,8 @@ def train(
     tree = squashfs.stage(cfg.data.unlabeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
     images = all_or_none(lambda: image_cache.of(tree, cfg.data.cache, cfg.workers))
     views = Views(images, seed=cfg.seed, **asdict(cfg.augment))
-    batches = ShuffledBatches(len(images), cfg.batch_size, cfg.seed, cfg.model.bn_groups)
+    count = min(len(images), QUICK * cfg.batch_size) if cfg.quick else len(images)
+    batches = ShuffledBatches(count, cfg.batch_size, cfg.seed, cfg.model.bn_groups)
     conditions = checkpoint.conditions(
         cfg,
         data=dist.from_rank_0(lambda: tree.fingerprint),

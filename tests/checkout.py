@@ -37,10 +37,10 @@ class Checkout:
         self.environ |= {"OMP_NUM_THREADS": "1", "RELAY_PYTHON": sys.executable}
         self.environ |= cluster.env if cluster else {}
 
-    def run(self, *argv: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: object, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a program from the checkout's root; output and errors together."""
         with self.start(*argv, **environ) as process:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def start(self, *argv: object, **environ: str) -> Process:

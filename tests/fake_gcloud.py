@@ -192,7 +192,8 @@ def _ssh(google: Google, _: str, given: argparse.Namespace) -> None:
     (name,) = given.things
     _need(google, name)
     assert given.worker == "all"
-    environ = {key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ}
+    theirs = ("PATH", "LANG", "STORAGE_EMULATOR_HOST", "PJRT_DEVICE", "XLA_FLAGS")
+    environ = {key: os.environ[key] for key in theirs if key in os.environ}
     environ |= {"HOME": str(google.disk), "RELAY_FAKE_VM": str(google.folder), "OMP_NUM_THREADS": "1"}
     shell = ["bash", "-c", " ".join(given.command.split(" "))]  # as gcloud and ssh do
     fate = "drop"

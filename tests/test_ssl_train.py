@@ -215,3 +215,10 @@ def test_all_wrong_values_are_named_at_once(words: Sequence[str], complaints: li
     with pytest.raises(InputError) as caught:
         told(*words)
     assert [complaint for complaint in complaints if complaint not in str(caught.value)] == []
+
+
+def test_the_quick_test_is_six_steps_of_one_epoch(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images", 40)
+    result = pretrain(tmp_path / "run", data, "--test", "true", epochs=9)
+    assert result["epochs"] == 1
+    assert [line["step"] for line in records(tmp_path / "run")] == [2, 4, 6]

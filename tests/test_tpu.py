@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -106,6 +107,8 @@ cli(main)
 class TpuCheckout(Checkout):
     """A git checkout with a stand-in for what the VM's side and the bucket are made of, and its own Google."""
 
+    standins: ClassVar = {"utils/mirror_views.py": MIRROR, "utils/xla_run.py": XLA_RUN}
+
     def __init__(self, directory: Path, google: Google | None = None) -> None:
         super().__init__(directory)
         self.google = google or Google(directory / "google")
@@ -114,8 +117,7 @@ class TpuCheckout(Checkout):
             ".gitignore": "runs/\n.venv-tpu/\n__pycache__/\nbin/\n",
             "Makefile": MAKEFILE.replace("{python}", sys.executable),
             "jobs/mine.yaml": CHAIN,
-            "utils/mirror_views.py": MIRROR,
-            "utils/xla_run.py": XLA_RUN,
+            **self.standins,
             "bin/gcloud": f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/fake_gcloud.py {self.google.folder} "$@"\n',
         }.items():
             (self.root / name).parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from utils import env, files
 from utils.errors import EnvironmentProblem
 from utils.paths import RunDir
 
+TOKEN = "RELAY_TOKEN"
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -61,7 +62,9 @@ def _torchrun_store(world: env.World, run_dir: RunDir) -> dist.Store:
 
 
 def _secret(file: Path) -> str:
-    """What is in `file`; the first process to ask writes it."""
+    """What is in `file`; the first process to ask writes it. Hosts of a TPU slice share none, see `xla.variables`."""
+    if token := os.environ.get(TOKEN):
+        return token
     files.write_new(file, secrets.token_hex(16))
     return file.read_text()
 

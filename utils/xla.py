@@ -6,6 +6,7 @@ within a step, and every shape is the same in each.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from utils import rendezvous
 from utils.env import World
 from utils.errors import EnvironmentProblem
 
+# Else the numbers 0 and 1 are part of a graph: a learning rate that is 0 at first would be another one.
+os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
 try:
     import torch_xla
     import torch_xla.core.xla_model as xm
@@ -27,7 +31,6 @@ except ImportError as error:
     raise EnvironmentProblem(f"device=xla: {error}; make install-tpu puts it into .venv-tpu") from None
 
 PORT = 29417  # where the ranks of several machines meet
-MEETING = ("MASTER_ADDR", "MASTER_PORT")
 AHEAD = 2  # batches that are on the device before they are asked for
 
 
@@ -55,10 +58,13 @@ def variables(port: int) -> dict[str, str]:
     if xr.addressable_device_count() > 1:
         raise EnvironmentProblem("device=xla: two devices a chip, as TPU v2 and v3 have, are not supported; take v4 on")
     size, local_size = xr.world_size(), xr.local_process_count()
-    place = {"RANK": xr.global_ordinal(), "WORLD_SIZE": size}
+    place: dict[str, Any] = {"RANK": xr.global_ordinal(), "WORLD_SIZE": size}
     place |= {"LOCAL_RANK": xr.local_ordinal(), "LOCAL_WORLD_SIZE": local_size}
-    meeting = ("127.0.0.1", port) if size == local_size else (xr.get_master_ip(), PORT)
-    return {name: str(value) for name, value in {**place, **dict(zip(MEETING, meeting, strict=True))}.items()}
+    if size == local_size:
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    else:  # only one run at a time has the chips of a slice, so no other is taken for it
+        place |= {"MASTER_ADDR": xr.get_master_ip(), "MASTER_PORT": PORT, rendezvous.TOKEN: "slice"}
+    return {name: str(value) for name, value in place.items()}
 
 
 def kind() -> str:

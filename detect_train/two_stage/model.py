@@ -41,6 +41,7 @@ class TwoStage(nn.Module):
             images: (B, 3, side, side) uint8; boxes are in its pixels.
             noise: `Noise.draw`'s, in training.
         """
+        assert self.training == (targets is not None) == (noise is not None), "both are for training, which needs them"
         pixels = self.unet.normalise(images)
         with torch.no_grad():
             boxes, likely = self.unet.propose(self.unet.maps(pixels))

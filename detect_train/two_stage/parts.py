@@ -65,6 +65,8 @@ def start(
         check_same(identity, saved)
         world = cfg.allow_world_change
         resume.restore(state, saved, same_round=same_round, conditions=conditions, allow_world_change=world)
+        if state.step > cfg.planned.total or (state.step == cfg.planned.total and not state.batch):
+            raise InputError(f"iterations: {cfg.planned.total} in all, and {state.step} are done already; give more")
         log.info(f"going on after {state.step} iterations")
     hold_backbone(state, cfg.planned.pre)
     return state

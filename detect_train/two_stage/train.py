@@ -102,7 +102,7 @@ def train(
         precision=precision,
         optim=asdict(cfg.optim),
         iterations=asdict(cfg.planned),
-        samples=cfg.model.samples,
+        **({"samples": cfg.model.samples} if cfg.part == "classify" else {}),
     )
     state = start(cfg, identity, saved, same_round, conditions, device)
     batches = Until(len(training), cfg.batch_size, cfg.seed, total=cfg.planned.total, state=state)

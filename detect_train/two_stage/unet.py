@@ -15,6 +15,7 @@ from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
 from detect_train.geometry import select
+from detect_train.pyramid import doubled
 from detect_train.regions import Regions, Rules
 from detect_train.targets import Targets
 from detect_train.two_stage.maps import STRIDE, UNIT, Losses, Maps, goals, losses
@@ -56,9 +57,7 @@ class Up(nn.Module):
         self.norm = nn.BatchNorm2d(out)
 
     def forward(self, deep: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        # the nearest value, by expansion: F.interpolate has no lowering on some devices
-        wide = deep[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
-        return F.relu(self.norm(self.conv(torch.cat([wide, skip], dim=1))))
+        return F.relu(self.norm(self.conv(torch.cat([doubled(deep), skip], dim=1))))
 
 
 class UNet(nn.Module):
@@ -91,6 +90,7 @@ class UNet(nn.Module):
         Args:
             images: (B, 3, side, side) uint8; boxes are in its pixels.
         """
+        assert self.training == (targets is not None), "targets are for training, and it needs them"
         maps = self.maps(self.normalise(images))
         if targets is not None:
             return losses(maps, goals(targets, self.side // STRIDE), targets)
