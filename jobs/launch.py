@@ -26,7 +26,7 @@ if not __package__:  # run as a file: the checkout belongs on the path, jobs/ do
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.arguments import parse
-from utils.errors import EnvironmentProblem, InputError, cli
+from utils.errors import InputError, RelayError, cli
 
 if __name__ == "__main__":
     cli(lambda: parse(__doc__))  # --help and a wrong word need nothing else
@@ -146,7 +146,7 @@ def _refreshed(chain: Chain) -> list[str]:
     """Have the markers here that the chain's store has; what kept it from that."""
     try:
         store.refresh(chain)
-    except EnvironmentProblem as error:
+    except RelayError as error:
         return [f"as far as this machine knows: {error}"]
     return []
 

@@ -9,12 +9,12 @@ from functools import partial
 
 from jobs.plan import Step
 from jobs.stages import Chain
-from utils import storage
+from utils import mirror_views, storage
 from utils.errors import EnvironmentProblem, InputError
+from utils.shared_config import FILE_KEYS
 from utils.squashfs_reader import Reader
 
 DATA_KEYS = ("data.unlabeled", "data.labeled")
-FILE_KEYS = ("data.classes", "backbone", "init", "best", "checkpoint", "resume")
 
 
 def problems(chain: Chain, step: Step, ranks: int) -> Iterator[str]:
@@ -27,12 +27,12 @@ def problems(chain: Chain, step: Step, ranks: int) -> Iterator[str]:
     for key in DATA_KEYS:
         if config.get(key) is not None:
             yield from _unusable(key, config[key], config.get("data.split", "training"))
-    for key in dict.fromkeys((*FILE_KEYS, *stage.inputs)):
+    for key in dict.fromkeys(("data.classes", *FILE_KEYS, *stage.inputs)):
         value = config.get(key)
         if value in (None, "auto", "never", stage.inputs.get(key)):
             continue
         if (path := storage.local(value)) is None:
-            yield from _missing(key, partial(storage.info, value))
+            yield from _missing(key, partial(mirror_views.find, value))
         elif not path.is_file():
             near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")])
             yield f"{key}={path}: no such file" + (f"; there are {', '.join(sorted(near))}" if near else "")

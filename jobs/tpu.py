@@ -16,6 +16,7 @@ from jobs.tpu_vm import Vm, identity
 from utils import config
 from utils.errors import InputError
 from utils.paths import ROOT
+from utils.shared_config import FILE_KEYS
 
 PYTHON = ".venv-tpu/bin/python"  # of `make install-tpu`
 
@@ -45,7 +46,7 @@ def problems(chain: Chain, step: Step, code: Code) -> Iterator[str]:
     for key in preflight.DATA_KEYS:
         if (value := step.config.get(key)) is not None and not value.startswith("gs://"):
             here.append(f"{key}={value}: is on this machine; copy it to a bucket and give its gs:// URL")
-    for key in dict.fromkeys((*preflight.FILE_KEYS, *stage.inputs)):
+    for key in dict.fromkeys(("data.classes", *FILE_KEYS, *stage.inputs)):
         value = step.config.get(key)
         if value in (None, "auto", "never", stage.inputs.get(key)) or value.startswith("gs://"):
             continue

@@ -73,7 +73,7 @@ def _start(files: Files, command: list[str], lock: int) -> None:
     """Start a keeper in a session of its own. It inherits the lock, and whoever asks it to end is heard from now on."""
     for file in (files.code, files.pid):
         file.unlink(missing_ok=True)
-    keeper = [sys.executable, "-m", "jobs.tpu_remote", "keep", str(files.code), *command]
+    keeper = [sys.executable, "-m", "jobs.tpu_remote", "keep", str(files.code), str(lock), *command]
     with open(files.log, "wb") as log, stop.held_back():
         process = subprocess.Popen(
             keeper, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,), start_new_session=True
@@ -81,8 +81,8 @@ def _start(files: Files, command: list[str], lock: int) -> None:
     files.pid.write_text(str(process.pid))
 
 
-def keep(code: Path, command: list[str]) -> None:
-    """Run the command, pass on what asks it to end, and write down how it ended."""
+def keep(code: Path, lock: int, command: list[str]) -> None:
+    """Run the command, which holds the lock too, pass on what asks it to end, and write down how it ended."""
     asked: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -94,7 +94,7 @@ def keep(code: Path, command: list[str]) -> None:
     for number in stop.SIGNALS:
         signal.signal(number, passed_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.SIGNALS)
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, pass_fds=(lock,))
     if asked:
         process.terminate()
     ended = process.wait()
@@ -134,4 +134,4 @@ if __name__ == "__main__":
     if verb == "stop":
         ask_to_end(Files(*rest))
     if verb == "keep":
-        keep(Path(rest[0]), rest[1:])
+        keep(Path(rest[0]), int(rest[1]), rest[2:])

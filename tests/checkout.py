@@ -26,6 +26,8 @@ class Process(subprocess.Popen[str]):
 
 
 class Checkout:
+    patience = 120.0  # seconds for one program
+
     def __init__(self, directory: Path, cluster: Cluster | None = None) -> None:
         self.root = directory / "checkout"
         for name in ("jobs", "slurm", "utils", "tests/standin"):
@@ -37,10 +39,10 @@ class Checkout:
         self.environ |= {"OMP_NUM_THREADS": "1", "RELAY_PYTHON": sys.executable}
         self.environ |= cluster.env if cluster else {}
 
-    def run(self, *argv: object, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: object, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a program from the checkout's root; output and errors together."""
         with self.start(*argv, **environ) as process:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=self.patience)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def start(self, *argv: object, **environ: str) -> Process:

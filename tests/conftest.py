@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster, available
+from utils import log
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = ("test_demo", "test_readme", "test_chaos", "test_resume", "test_lost", "test_exit_codes")  # minutes each
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests start must hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs Slurm: {no_slurm}"))
         if not SHARED_DATA.is_dir() and item.get_closest_marker("realdata"):
             item.add_marker(pytest.mark.skip(reason=f"needs the shared real data in {SHARED_DATA}"))
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A program that a test has run in this process logs no more into its directory, which goes with the test."""
+    yield
+    for handler in list(log.logger.handlers):
+        log.logger.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from tests import ranks
 from tests.gcs_server import Fault, Server, gcs, hasty
 from tests.test_ssl_train import SMALL, write_images
 from utils import checkpoint_files, files, manifest, mirror_views, storage
-from utils.errors import CheckpointError, EnvironmentProblem
+from utils.errors import CheckpointError, EnvironmentProblem, InputError
 from utils.mirror import Mirror
 from utils.paths import RunDir
 
@@ -80,7 +80,8 @@ def test_a_push_that_is_cut_off_leaves_what_was_there_before(gcs: Server, tmp_pa
 
 def test_nothing_is_left_that_two_manifests_do_not_name(gcs: Server, tmp_path: Path) -> None:
     mirror = begun(tmp_path / "run")
-    gcs.put("relay/mine/r1/checkpoints/left.12345678.pth", b"of an attempt that was killed")
+    gcs.put("relay/mine/r1/objects/checkpoints/left.12345678.pth", b"of an attempt that was killed")
+    theirs = gcs.put("relay/mine/r1/holiday.jpg", b"somebody else's")
     for epoch in range(4):
         saved(tmp_path / "run", epoch, b"%d" % epoch)
         checkpoint_files.prune(tmp_path / "run" / "checkpoints")
@@ -88,8 +89,24 @@ def test_nothing_is_left_that_two_manifests_do_not_name(gcs: Server, tmp_path: P
     found = names(gcs)
     assert {name for name in found if "manifest" in name} == {"manifest_00000003.json", "manifest_00000004.json"}
     assert sorted(name.split(".")[0] for name in found if name.endswith(".pth")) == [
-        f"checkpoints/checkpoint_000{epoch}" for epoch in (1, 2, 3)
+        f"objects/checkpoints/checkpoint_000{epoch}" for epoch in (1, 2, 3)
     ]
+    assert storage.info(theirs)
+
+
+def test_a_bucket_that_lets_nothing_be_deleted(gcs: Server, tmp_path: Path, hasty: None) -> None:
+    mirror = begun(tmp_path / "run")
+    gcs.faults = [Fault("delete", status=403)]
+    for epoch in range(4):
+        saved(tmp_path / "run", epoch, b"%d" % epoch)
+        mirror.push()
+    assert manifest.newest(URL).number == 4
+
+
+def test_a_url_that_is_nothing_says_so(gcs: Server, tmp_path: Path) -> None:
+    for url in ("gs://bucket/best.pth", "gs://bucket/runs/r1/checkpoints/best.pth"):
+        with pytest.raises(InputError, match=f"{url}: not found"):
+            mirror_views.fetch(url, tmp_path)
 
 
 def test_an_attempt_that_comes_back_writes_no_more(gcs: Server, tmp_path: Path) -> None:

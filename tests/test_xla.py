@@ -115,7 +115,7 @@ def test_a_signal_to_the_launcher_stops_every_rank_with_its_work_saved(tmp_path:
                 break
         rest = process.stdout.read()
     assert process.returncode == 0, rest
-    stopped = re.search(r"stopped by SIGTERM after step (\d+)", rest)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+)", rest)
     assert stopped and tensors(tmp_path)
     assert f"{int(stopped[1]):08d}.pth" in "".join(file.name for file in RunDir(tmp_path).checkpoints.iterdir())
 

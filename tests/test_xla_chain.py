@@ -35,6 +35,7 @@ SMALL = [
 
 class RealCheckout(TpuCheckout):
     standins: ClassVar = {}
+    patience = 1500.0
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_chain_whose_vm_is_preempted_twice_ends_with_the_report_here(here: Rea
             ["jobs.worker r3", "XLA has compiled", "preempt"],
         ]
     )
-    done = here.run(*here.tpu("--chain", *SMALL), timeout=1500)
+    done = here.launched("--chain", *SMALL)
     assert done.returncode == 0, done.stdout[-5000:]
     assert done.stdout.count("is PREEMPTED; it goes on from") == 2
     assert "it goes on from checkpoint_0000.pth" in done.stdout

@@ -1,7 +1,7 @@
 """What a bucket's copy of a run directory holds: one JSON object that names all others. Torch-free.
 
-    <url>/manifest_00000012.json                     name -> object, sha256, size
-    <url>/checkpoints/checkpoint_0003.1f3a5c7e.pth   one object a file, with the beginning of its sha256 in its name
+    <url>/manifest_00000012.json                             name -> object, sha256, size
+    <url>/objects/checkpoints/checkpoint_0003.1f3a5c7e.pth   one object a file, the beginning of its sha256 in its name
 
 Only what the newest manifest names is loaded. Only one can write the next number: that is the claim on the run.
 """
@@ -13,13 +13,16 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from utils import files, storage, storage_write
 from utils.errors import CheckpointError, EnvironmentProblem, InputError
 from utils.storage import Info
 
-NUMBERED = re.compile(r"manifest_(\d{8})\.json")
+BEGINNING = "manifest_"
+NUMBERED = re.compile(rf"{BEGINNING}(\d{{8}})\.json")
+OBJECTS = "objects"  # nothing else of what lies below the URL is ever deleted: it may be somebody else's
+HASH = 8  # characters of a sha256 in an object's name
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,22 @@ def found_in(url: str, objects: Sequence[Info]) -> Info | None:
 
 def newest(url: str) -> Manifest:
     """What a directory in a bucket holds now. Raises: InputError if it is none of ours; EnvironmentProblem."""
-    found = found_in(url, storage.listing(url))
+    found = found_in(url, storage.listing(url, BEGINNING))
     return read(found) if found else NOTHING
+
+
+def object_name(name: str, digest: str) -> str:
+    """Of the object that holds the file `name`, whose sha256 is `digest`."""
+    path = PurePosixPath(OBJECTS, name)
+    return str(path.with_name(f"{path.stem}.{digest[:HASH]}{path.suffix}"))
+
+
+def left_over(url: str, objects: Sequence[Info], kept: Sequence[Manifest]) -> list[str]:
+    """Which of the `objects` below `url` are ours, and of none of the manifests `kept`."""
+    names = {one.url: one.url.removeprefix(storage.join(url, "")) for one in objects}
+    ours = [one for one, name in names.items() if name.startswith(f"{OBJECTS}/") or NUMBERED.fullmatch(name)]
+    named = {storage.join(url, name) for each in kept for name in each.objects()}
+    return [one for one in ours if one not in named and one not in {url_of(url, each.number) for each in kept}]
 
 
 def read(of: Info) -> Manifest:
@@ -98,7 +115,7 @@ def write(url: str, manifest: Manifest) -> None:
 
 def url_of(url: str, number: int) -> str:
     """Where the manifest with this number is."""
-    return storage.join(url, f"manifest_{number:08d}.json")
+    return storage.join(url, f"{BEGINNING}{number:08d}.json")
 
 
 def fetch(url: str, entry: Entry, path: Path) -> None:

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from utils import checkpoint_files, files, log, manifest, paths, storage, storage_write
-from utils.errors import EnvironmentProblem
+from utils.errors import EnvironmentProblem, InputError, RelayError
 from utils.manifest import Entry
 from utils.paths import RunDir
-
-HASH = 8  # characters of a sha256 in an object's name
 
 
 class Mirror:
@@ -26,7 +24,7 @@ class Mirror:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
-        self.note = folder / ".mirror.json"
+        self.note, self.lock = folder / ".mirror.json", folder / ".mirror.lock"
         self.known: dict[Path, tuple[int, int, str]] = {}  # size, mtime and sha256 of files
 
     def pull(self) -> None:
@@ -38,7 +36,7 @@ class Mirror:
         Raises: EnvironmentProblem; CheckpointError for an object that is not what its manifest says.
         """
         paths.make_private(self.folder)
-        with files.lock(self.folder / ".mirror.lock"):
+        with files.lock(self.lock):
             there = manifest.newest(self.url)
             if there.number <= self.number():
                 return
@@ -54,6 +52,10 @@ class Mirror:
 
         Raises: EnvironmentProblem when another attempt has written meanwhile; or the storage does not do its part.
         """
+        with files.lock(self.lock):
+            self._push()
+
+    def _push(self) -> None:
         objects = storage.listing(self.url)
         found = manifest.found_in(self.url, objects)
         before = manifest.read(found) if found else manifest.NOTHING
@@ -67,7 +69,7 @@ class Mirror:
             digest = self._sha256(path) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
             name = path.relative_to(self.folder).as_posix()
             if digest not in names:
-                names[digest] = f"{name.removesuffix(path.suffix)}.{digest[:HASH]}{path.suffix}"
+                names[digest] = manifest.object_name(name, digest)
                 storage_write.write(storage.join(self.url, names[digest]), content)
             size = path.stat().st_size if isinstance(content, Path) else len(content)
             entries[name] = Entry(names[digest], digest, size)
@@ -76,9 +78,10 @@ class Mirror:
         now = manifest.Manifest(before.number + 1, str(self.folder), entries, before.aside)
         manifest.write(self.url, now)
         self._write_note(now.number)
-        kept = {storage.join(self.url, name) for name in now.objects() | before.objects()}
-        kept |= {manifest.url_of(self.url, each.number) for each in (before, now)}
-        storage_write.delete(one.url for one in objects if one.url not in kept)
+        try:
+            storage_write.delete(manifest.left_over(self.url, objects, (before, now)))
+        except (EnvironmentProblem, InputError) as error:  # all is written; some buckets do not let delete
+            log.warning(f"{self.url}: what is not needed any more stays: {error}")
 
     def _set_aside(self, named: manifest.Files) -> None:
         """Move away the checkpoints that the manifest does not name, as `resume.make_room` does."""
@@ -152,7 +155,7 @@ def kept(run_dir: RunDir, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(EnvironmentProblem):  # the cause to tell is what ended the run
+        with contextlib.suppress(RelayError, OSError):  # the cause to tell is what ended the run
             mirror.push()
         raise
     finally:

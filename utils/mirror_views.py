@@ -10,9 +10,10 @@ from utils import checkpoint_files, files, manifest, object_cache, paths, storag
 from utils.errors import CheckpointError, InputError
 from utils.mirror import Mirror, move_marker
 from utils.paths import RunDir
+from utils.shared_config import FILE_KEYS
+from utils.storage import Info
 
 C = TypeVar("C", bound=Any)  # a program's configuration
-FILES = frozenset({"backbone", "init", "best", "resume", "unet", "checkpoint"})  # keys
 
 
 def pull(url: str, folder: Path) -> None:
@@ -33,13 +34,15 @@ def pull_markers(url: str, folder: Path) -> None:
             continue
         run_dir = RunDir(folder / paths.check_name(stage, "stage name"))
         now = manifest.read(found)
-        if now.number <= Mirror(there, run_dir.path).number():
-            continue
+        mirror = Mirror(there, run_dir.path)
         paths.make_private(run_dir.path)
-        for file in (run_dir.metrics, run_dir.state):
-            if entry := now.files.get(file.name):
-                manifest.fetch(there, entry, file)
-        move_marker(run_dir.path, now.root)
+        with files.lock(mirror.lock):
+            if now.number <= mirror.number():  # what runs here writes it
+                continue
+            for file in (run_dir.metrics, run_dir.state):
+                if entry := now.files.get(file.name):
+                    manifest.fetch(there, entry, file)
+            move_marker(run_dir.path, now.root)
 
 
 def newest_checkpoint(url: str) -> str | None:
@@ -60,28 +63,36 @@ def begin_anew(url: str) -> None:
 def brought(cfg: C, run_dir: RunDir) -> C:
     """A program's configuration with files in place of URLs: checkpoints and weights. Raises: see `fetch`."""
     given = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    urls = {key: value for key, value in given.items() if key in FILES and value and storage.is_url(value)}
+    urls = {key: value for key, value in given.items() if key in FILE_KEYS and value and storage.is_url(value)}
     return replace(cfg, **{key: str(fetch(url, paths.staging_root(run_dir))) for key, url in urls.items()})
 
 
 def fetch(path: str | Path, root: Path) -> Path:
-    """A local file: a path as it is, an object from the cache below `root`.
-
-    A URL below a run directory, such as gs://bucket/runs/mine/r3/checkpoints/best.pth, is what its manifest names so.
+    """A local file: a path as it is, an object, see `find`, from the cache below `root`.
 
     Raises: InputError when there is neither; CheckpointError for another content than the manifest's.
     """
+    if (file := storage.local(path)) is not None:
+        return file
+    of, digest = find(str(path))
+    file = object_cache.Cache(root / "objects").file(of)
+    if digest and files.sha256(file) != digest:
+        raise CheckpointError(f"{path}: damaged: its sha256 is not the one in the manifest")
+    return file
+
+
+def find(url: str) -> tuple[Info, str | None]:
+    """An object; and if it is below a run directory, such as gs://bucket/runs/mine/r3/checkpoints/best.pth, the one
+    that the manifest there names so, with its sha256. Raises: InputError when there is neither.
+    """
     try:
-        return object_cache.fetch(path, root)
+        return storage.info(url), None
     except InputError:
-        base = str(path)
+        base = url.rpartition("/")[0]
         for _ in range(2):  # in the run directory, or in its checkpoints
+            if base.count("/") < 3:  # a bucket
+                break
+            if entry := manifest.newest(base).files.get(url[len(base) + 1 :]):
+                return storage.info(storage.join(base, entry.object)), entry.sha256
             base = base.rpartition("/")[0]
-            entry = manifest.newest(base).files.get(str(path)[len(base) + 1 :])
-            if not entry:
-                continue
-            found = object_cache.fetch(storage.join(base, entry.object), root)
-            if files.sha256(found) != entry.sha256:
-                raise CheckpointError(f"{path}: damaged: its sha256 is not the one in the manifest") from None
-            return found
         raise

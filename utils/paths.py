@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -36,9 +37,13 @@ class RunDir:
     @classmethod
     def of(cls, text: str) -> RunDir:
         """The run directory of a configuration; one with a URL is worked on under `runs/`."""
-        if "://" not in text or text.startswith("file://"):
-            return cls(Path(text.removeprefix("file://")))
-        return cls(RUNS / ".remote" / re.sub(r"[^A-Za-z0-9._/-]+|/+", "_", text) / "run", text)
+        if "://" not in text:
+            return cls(Path(text))
+        from utils import storage  # not for --help
+
+        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', text)}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        file = storage.local(text)
+        return cls(RUNS / ".remote" / name / "run", text) if file is None else cls(file)
 
     @property
     def config(self) -> Path:

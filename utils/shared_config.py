@@ -15,6 +15,7 @@ MACHINE_KEYS = frozenset(
     {"run_dir", "resume", "device", "workers", "log_every", "collective_timeout", "allow_world_change"}
     | {"checkpoint.every_steps", "checkpoint.every_minutes", "data.stage", "data.cache", "evaluator"}
 )
+FILE_KEYS = ("backbone", "init", "best", "resume", "unet", "checkpoint")  # weights and checkpoints, files or URLs
 Precision = Literal["auto", "float32", "bf16"]  # of the forward pass; weights stay float32
 
 

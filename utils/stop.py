@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 # Slurm ahead of the time limit (which one is the job's choice), and preemption, scancel or a terminal's kill.
@@ -27,9 +27,9 @@ def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
 
 
-def note() -> None:
+def note(numbers: Sequence[signal.Signals] = SIGNALS) -> None:
     """Note the signals from now on."""
-    for number in SIGNALS:
+    for number in numbers:
         signal.signal(number, _note)
 
 

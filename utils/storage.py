@@ -84,15 +84,16 @@ def info(url: str) -> Info:
     return found
 
 
-def listing(url: str) -> list[Info]:
-    """Every object below a prefix, in the order of names. Raises: InputError if there is no bucket."""
-    prefix = join(url, "")
+def listing(url: str, beginning: str = "") -> list[Info]:
+    """Every object below a prefix whose name there begins so, by name. Raises: InputError if there is no bucket."""
+    prefix = join(url, beginning)
     if scheme(url) in google.SCHEMES:
         start = f"{scheme(url)}://{google.split(url)[0]}"
         found = [_info(join(start, item["name"]), item) for item in _items(prefix)]
     else:
-        objects = call(prefix, lambda system, path: system.find(path, detail=True))
+        objects = call(join(url, ""), lambda system, path: system.find(path, detail=True))
         found = [_info(f"{scheme(url)}://{name.lstrip('/')}", item) for name, item in objects.items()]
+        found = [one for one in found if one.url.startswith(prefix)]
     return sorted(one for one in found if not one.url.endswith("/"))  # such an object stands for an empty folder
 
 

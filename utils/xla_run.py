@@ -24,8 +24,12 @@ from types import FrameType
 from utils import device, loader_processes, stop
 from utils.errors import InputError, cli
 
+KILLED = 137  # of a rank that left no exit code
+ASKS = signal.SIGUSR1  # a rank to end; TERM ends it at once, which is how the pool ends those that wait for a lost one
+
 if __name__ == "__mp_main__":  # a rank; torch_xla runs its program in another thread, which may not do this
-    stop.note()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal, to all: the launcher of the ranks passes it on
+    stop.note((ASKS,))
 
 
 def rank(ordinal: int, module: str, words: Sequence[str], port: int, failed: str) -> None:
@@ -42,7 +46,7 @@ def rank(ordinal: int, module: str, words: Sequence[str], port: int, failed: str
         code = 1
     loader_processes.end()
     if code:
-        (Path(failed) / str(ordinal)).write_text(str(code))
+        (Path(failed) / str(ordinal)).write_text(str(code if isinstance(code, int) else 1))
         os._exit(1)  # the pool notices, and ends the others, which would wait for this one
 
 
@@ -50,20 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] != ["-m"] or len(words) < 2:
         raise InputError(f"python -m utils.xla_run -m MODULE [WORDS...], not {' '.join(words) or 'without words'}")
-    for number in stop.SIGNALS:
+    for number in (signal.SIGINT, *stop.SIGNALS):
         signal.signal(number, _pass_on)
     with tempfile.TemporaryDirectory() as failed:
         try:
             device.launch_xla(rank, (words[1], words[2:], _free_port(), failed))
         except BrokenProcessPool:
-            codes = [int(file.read_text()) for file in Path(failed).iterdir()]
-            sys.exit(codes[0] if codes else 1)
+            first = sorted(Path(failed).iterdir(), key=lambda file: file.stat().st_mtime_ns)[:1]
+            sys.exit(int(first[0].read_text()) if first else KILLED)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
-    for process in multiprocessing.active_children():
-        if process.pid:
-            os.kill(process.pid, number)
+    ranks = [process.pid for process in multiprocessing.active_children() if process.pid]
+    for pid in ranks:
+        os.kill(pid, ASKS)
+    if not ranks:
+        sys.exit(128 + number)
 
 
 def _free_port() -> int:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ssl_train import augment
-from utils import dist, engine, hooks, loader
+from utils import device, dist, engine, hooks, loader
 from utils.errors import cli
 from utils.loader import seed_from
 
@@ -72,19 +72,10 @@ def record_steps(file: Path, kill_after: int | None) -> None:
     hooks.LogMetrics.after_step = recorded  # type: ignore[method-assign]
 
 
-class Unseeded:
-    """torch, but nobody can seed it."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def manual_seed(self, seed: int) -> None: ...
-
-
 def break_seeds(what: str) -> None:
     """Switch off one of the rules that make a resumed run the same run."""
     if what == "step-seed":  # a step's random numbers come from wherever the process's generator is
-        engine.torch = Unseeded()  # type: ignore[assignment]
+        device.seed = lambda number, device: None
     elif what == "rank-seed":  # every rank draws what rank 0 draws
         engine.seed_from = lambda *numbers: seed_from(*numbers[:2], 0)
     elif what == "item-seed":  # an item's random numbers come from wherever its worker's generators are
