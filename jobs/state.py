@@ -106,7 +106,8 @@ def running(
         "outputs": {},
     }
     run_lock.check(chain.run_dir(stage))
-    files.write_json(chain.run_dir(stage).state, record)
+    with files.lock(chain.run_dir(stage).state_lock):
+        files.write_json(chain.run_dir(stage).state, record)
     mirror.push(chain.run_dir(stage))
     files.write_text(chain.run_dir(stage).room, " " * ROOM)
     if idle > MAX_IDLE:
@@ -140,7 +141,8 @@ def is_ours(record: Mapping[str, Any]) -> bool:
 def update(chain: Chain, stage: str, **values: Any) -> None:
     """Change entries of the stage's marker. Raises: EnvironmentProblem if the run is another attempt's by now."""
     run_lock.check(chain.run_dir(stage))
-    files.write_json(chain.run_dir(stage).state, {**marker(chain, stage), **values})
+    with files.lock(chain.run_dir(stage).state_lock):  # one rank may fail while another writes what it read before
+        files.write_json(chain.run_dir(stage).state, {**marker(chain, stage), **values})
 
 
 def done(chain: Chain, stage: str, result: Mapping[str, Any]) -> None:

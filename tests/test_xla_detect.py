@@ -1,4 +1,4 @@
-"""Both detectors of fixed shapes by their programs on XLA's CPU device: few graphs in 200 steps, the CPU's report."""
+"""Both detectors of fixed shapes by their programs on XLA's CPU device: few graphs, the CPU's report."""
 
 from __future__ import annotations
 
@@ -65,29 +65,30 @@ def reported(run: Path) -> dict[str, float]:
 
 
 def test_a_round_of_the_dense_detector(tmp_path: Path, data: Path, backbone: Path) -> None:
-    words = [*ROUND, "model.head=dense", f"backbone={backbone}", "device=xla", "batch_size=2", "log_every=50"]
+    words = [*ROUND, "model.head=dense", f"backbone={backbone}", "device=xla", "batch_size=2", "log_every=8"]
     run = tmp_path / "r1"
-    output = program("detect_train.train", run, data, *words, "epochs=50")
-    assert steps(run) == 200
+    output = program("detect_train.train", run, data, *words, "epochs=6")
+    assert steps(run) == 24
     assert compiled(output) == [(1, 1), (2, 2)]
     for device in ("cpu", "xla"):
         given = [f"checkpoint={last(run)}", f"device={device}", "workers=0", "precision=float32"]
         program("evaluate.run", tmp_path / device, data, *given)
     assert reported(tmp_path / "xla") == pytest.approx(reported(tmp_path / "cpu"), abs=1e-3)
-    assert reported(tmp_path / "xla")["AP50"] > 0.1
 
 
 def test_the_two_stages(tmp_path: Path, data: Path, backbone: Path) -> None:
-    words = [*PART, f"backbone={backbone}", "device=xla", "batch_size=2", "log_every=50"]
-    words += ["iterations.pre=50", "iterations.main=150"]
+    words = [*PART, f"backbone={backbone}", "device=xla", "batch_size=2", "log_every=8"]
+    words += ["iterations.pre=6", "iterations.main=18"]
     unet, detector = tmp_path / "unet", tmp_path / "classify"
     output = program("detect_train.two_stage.train", unet, data, f"--config={CONFIGS / 'unet.yaml'}", *words)
-    assert (steps(unet), compiled(output)) == (200, [(1, 1), (2, 2)])
+    assert (steps(unet), compiled(output)) == (24, [(1, 1), (2, 2)])
     words += [f"--config={CONFIGS / 'classify.yaml'}", f"unet={last(unet)}"]
     output = program("detect_train.two_stage.train", detector, data, *words)
-    assert (steps(detector), compiled(output)) == (200, [(1, 1), (2, 2)])
-    program("evaluate.run", tmp_path / "xla", data, f"checkpoint={last(detector)}", "device=xla", "workers=0")
-    assert reported(tmp_path / "xla")["AP50"] > 0.1
+    assert (steps(detector), compiled(output)) == (24, [(1, 1), (2, 2)])
+    for device in ("cpu", "xla"):
+        given = [f"checkpoint={last(detector)}", f"device={device}", "workers=0", "precision=float32"]
+        program("evaluate.run", tmp_path / device, data, *given)
+    assert reported(tmp_path / "xla") == pytest.approx(reported(tmp_path / "cpu"), abs=1e-3)
 
 
 def test_faster_rcnn_is_refused(tmp_path: Path, data: Path, backbone: Path) -> None:

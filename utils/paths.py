@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -41,8 +42,8 @@ class RunDir:
             return cls(Path(text))
         from utils import storage  # not for --help
 
-        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', text)}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         file = storage.local(text)
+        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', text)}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return cls(RUNS / ".remote" / name / "run", text) if file is None else cls(file)
 
     @property
@@ -64,6 +65,11 @@ class RunDir:
     @property
     def state(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def state_lock(self) -> Path:
+        """Held by a rank that changes the marker."""
+        return self.path / ".state.lock"
 
     @property
     def room(self) -> Path:
@@ -190,7 +196,5 @@ def is_set_aside(name: str) -> bool:
 
 def free_name(path: Path) -> Path:
     """The first of `<name>.1`, `<name>.2`, ... that does not exist."""
-    number = 1
-    while (target := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return target
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(target for target in names if not target.exists())
