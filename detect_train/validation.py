@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from detect_train import reading
@@ -42,15 +43,7 @@ class Validate(Hook):
         }
 
     def before_end(self, state: TrainState) -> None:
-        # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
-        for buffer in state.model.buffers():
-            dist.broadcast(buffer)
-        images = reading.of(state.model).examples(self.index, flip=False)
-        try:
-            detections = predict(state.model, images, **self.how)
-        except Stopped:
-            self.save.now(state)  # the epoch's steps; the validation is done again
-            raise
+        detections = predicted(state, self.index, self.save, **self.how)
         stats, _ = measure(self.index, detections, self.device)
         state.is_best = state.best is None or stats["AP"] > state.best
         if state.is_best:
@@ -64,3 +57,16 @@ class Validate(Hook):
                 f"Validation AP: {stats['AP']:.6f}, Is Best: {state.is_best}",
                 flush=True,
             )
+
+
+def predicted(state: TrainState, index: LabelIndex, save: SaveCheckpoints, **how: Any) -> np.ndarray:
+    """`predict` with the model as it is, saved first when a signal asks for the end. Args: how: `predict`'s."""
+    # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
+    for buffer in state.model.buffers():
+        dist.broadcast(buffer)
+    images = reading.of(state.model).examples(index, flip=False)
+    try:
+        return predict(state.model, images, **how)
+    except Stopped:
+        save.now(state)  # the epoch's steps; the validation is done again
+        raise

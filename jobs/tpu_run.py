@@ -59,7 +59,8 @@ def _release(vm: Vm) -> None:
     if not vm.ours:
         print(f"{vm.name} is kept: it was there before (tpu.name)", flush=True)
         return
-    print(f"{vm.name}: deleting it", flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone must not keep the VM
+        print(f"{vm.name}: deleting it", flush=True)
     try:
         tpu_vm.delete(vm)
     except BaseException:

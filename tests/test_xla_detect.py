@@ -9,32 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import ranks
-from tests.labeled_set import write_set
-from tests.test_detect_model import resnet
 from tests.test_detect_train import SMALL as ROUND
-from tests.test_two_stage_train import CONFIGS
+from tests.test_two_stage_train import CONFIGS, backbone, data
 from tests.test_two_stage_train import SMALL as PART
 from utils import checkpoint_files
 from utils.paths import RunDir
 
+__all__ = ["backbone", "data"]  # fixtures
 # XLA compiles for the CPU in a twentieth of the time, to code of the same arithmetic.
 XLA = {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 pytest.importorskip("torch_xla", reason="torch_xla has an environment of its own: make install-tpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("labeled"))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("encoder") / "backbone.pth"
-    torch.save(resnet().state_dict(), path)
-    return path
 
 
 def program(module: str, run: Path, data: Path, *words: object) -> str:

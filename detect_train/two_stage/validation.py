@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from detect_train import reading
 from detect_train.geometry import iou
-from detect_train.inference import predict
+from detect_train.validation import predicted
 from utils import dist
 from utils.engine import TrainState
-from utils.errors import Stopped
 from utils.hooks import Hook, SaveCheckpoints
 from utils.labels import LabelIndex
 from utils.metrics import MetricsWriter
@@ -40,14 +38,7 @@ class Recall(Hook):
         self.index, self.writer, self.save, self.how = index, writer, save, how
 
     def before_end(self, state: TrainState) -> None:
-        for buffer in state.model.buffers():
-            dist.broadcast(buffer)
-        images = reading.of(state.model).examples(self.index, flip=False)
-        try:
-            proposals = predict(state.model, images, **self.how)
-        except Stopped:
-            self.save.now(state)  # the epoch's steps; the validation is done again
-            raise
+        proposals = predicted(state, self.index, self.save, **self.how)
         state.summary["recall"] = recall(self.index, proposals)
         if dist.rank() == 0:
             value = state.summary["recall"]
