@@ -74,7 +74,7 @@ def test_statistics_over_ranks_need_gpus(tmp_path: Path) -> None:
     words = ["--run-dir", tmp_path / "run", "--dataset-root", data, "device=cpu", "model.norm=sync"]
     done = torchrun(2, "-m", "detect_train.train", *words)
     assert done.returncode != 0
-    assert "ERROR 2: model.norm=sync: on the CPU only with one rank" in done.stderr
+    assert "ERROR 2: model.norm=sync: on cpu only with one rank" in done.stderr
 
 
 def test_another_number_of_ranks_is_refused_or_goes_on_and_the_report_says_so(
