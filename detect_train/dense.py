@@ -15,7 +15,7 @@ from torch import nn
 
 from detect_train.dense_loss import Predictions, losses
 from detect_train.dense_targets import Places, assign, places
-from detect_train.geometry import LARGEST_GROWTH, select
+from detect_train.geometry import LARGEST_GROWTH, in_float32, select
 from detect_train.proposals import Losses
 from detect_train.pyramid import CHANNELS, STRIDES, resnet_pyramid
 from detect_train.regions import Regions, Rules
@@ -52,7 +52,7 @@ class DenseHead(nn.Module):
         for level, scale in zip(levels, self.scales.unbind(), strict=True):
             where = self.box_tower(level)
             classes.append(by_place(self.classes(self.class_tower(level))))
-            sides.append(by_place(self.sides(where)) * scale)
+            sides.append(by_place(in_float32(self.sides, where)) * scale)
             centerness.append(by_place(self.centerness(where)))
         return torch.cat(classes, dim=1), torch.cat(sides, dim=1), torch.cat(centerness, dim=1)[..., 0]
 
@@ -127,7 +127,7 @@ def tower(channels: int) -> nn.Sequential:
 
 
 def by_place(features: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, H * W, C) in float32: bf16 is too coarse for boxes."""
+    """(B, C, H, W) -> (B, H * W, C) in float32."""
     return features.float().flatten(2).transpose(1, 2)
 
 

@@ -6,11 +6,19 @@ No function here makes a tensor of Python numbers on the device: each would be a
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
+from torch import nn
 
 Weights = tuple[float, float, float, float]  # of the offsets x, y, width, height
 LARGEST_GROWTH = math.log(1000 / 16)  # of a side, in one step
+
+
+def in_float32(layer: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """`layer`, whatever the rest is computed in: bf16 has three digits, a pixel in 300."""
+    with torch.autocast(features.device.type, enabled=False):
+        return cast(torch.Tensor, layer(features.float()))
 
 
 def iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

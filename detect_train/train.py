@@ -34,8 +34,6 @@ from utils import (
     config,
     dist,
     engine,
-    env,
-    files,
     hooks,
     labels,
     loader,
@@ -59,14 +57,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
         directory = run_dir.checkpoints
         here = mirror_views.brought(cfg, run_dir)
-        path, same_round = resume.starting_point(here.resume, here.init, directory, env.restarts())
-        saved = checkpoint.load(path, "detector", rounds.REMEDY) if path else None
-        if dist.rank() == 0:
-            resume.make_room(directory, saved if same_round else None)
+        path, saved, same_round = resume.begin(cfg, run_dir, "detector", rounds.REMEDY, here.resume, here.init)
         if path and saved and same_round:
             saved["best"] = rounds.name_best(saved, path)
-        if dist.rank() == 0:
-            files.write_text(run_dir.config, config.to_yaml(cfg))
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
             epochs, best, summary = saved["epochs_done"], saved["best"], saved["summary"]
         else:

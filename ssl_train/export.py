@@ -20,6 +20,7 @@ from utils import checkpoint
 from utils.errors import InputError, cli
 
 PREFIX = "query_encoder."
+REMEDY = "give a checkpoint of ssl_train.train"
 
 
 def backbone(weights: Mapping[str, torch.Tensor], arch: str) -> dict[str, torch.Tensor]:
@@ -45,7 +46,7 @@ def backbone(weights: Mapping[str, torch.Tensor], arch: str) -> dict[str, torch.
 
 def export(source: Path, target: Path) -> None:
     """Write `target` from the pretraining checkpoint `source`. Raises: InputError if that is not whole."""
-    saved = checkpoint.load(source, "moco", "give a checkpoint of ssl_train.train")
+    saved = checkpoint.load(source, "moco", REMEDY)
     checkpoint.write(target, backbone(saved["model"], saved["architecture"]["arch"]))
 
 

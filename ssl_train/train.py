@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ssl_train.batches import ShuffledBatches
 from ssl_train.data import Batch, Views, to_device
-from ssl_train.export import export
+from ssl_train.export import REMEDY, export
 from ssl_train.model import accuracy
 from ssl_train.start import all_or_none, architecture, start
 from utils import (
@@ -35,8 +35,6 @@ from utils import (
     config,
     dist,
     engine,
-    env,
-    files,
     hooks,
     image_cache,
     loader,
@@ -56,13 +54,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run_dir = paths.RunDir.of(cfg.run_dir)
     how: dict[str, Any] = {"workers": cfg.workers, "deterministic": cfg.deterministic}
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
-        start_from = mirror_views.brought(cfg, run_dir).resume
-        path, same_round = resume.starting_point(start_from, None, run_dir.checkpoints, env.restarts())
-        saved = checkpoint.load(path, "moco", "give a checkpoint of ssl_train.train") if path else None
-        if dist.rank() == 0:
-            resume.make_room(run_dir.checkpoints, saved if same_round else None)
-        if dist.rank() == 0:
-            files.write_text(run_dir.config, config.to_yaml(cfg))
+        here = mirror_views.brought(cfg, run_dir)
+        _, saved, same_round = resume.begin(cfg, run_dir, "moco", REMEDY, here.resume)
         if saved and same_round and saved["epochs_done"] >= cfg.epochs:
             epochs, summary = saved["epochs_done"], saved["summary"]
         else:

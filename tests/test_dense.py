@@ -17,6 +17,7 @@ from detect_train.dense_loss import OBJECT, Predictions, focal, giou, losses
 from detect_train.dense_targets import Places, assign, centerness, places
 from detect_train.inference import measure, predict
 from detect_train.model import build
+from detect_train.pyramid import CHANNELS
 from detect_train.targets import Targets, pad
 from utils import labels
 from utils.optim import sgd
@@ -225,3 +226,12 @@ def test_a_few_pictures_are_learnt_by_heart(tmp_path: Path) -> None:
         optimizer.step()
     found = predict(model, examples, batch_size=4, workers=0, device=CPU, precision="float32")
     assert measure(index, found, CPU)[0]["AP50"] > 0.5
+
+
+def test_sides_are_as_fine_in_bf16_as_in_float32() -> None:
+    head = small().head
+    levels = [torch.rand(1, CHANNELS, side, side) for side in GRIDS]
+    with torch.autocast("cpu", torch.bfloat16):
+        classes, sides, _ = head(levels)
+    assert torch.equal(classes, classes.bfloat16().float())  # it is bf16 that the rest is computed in
+    assert not torch.equal(sides, sides.bfloat16().float())

@@ -18,8 +18,9 @@ from evaluate import config as evaluation
 from evaluate import report, run
 from tests import ranks
 from tests.labeled_set import write_set
+from tests.rank_weights import ended_with
 from tests.test_detect_model import resnet
-from tests.test_detect_train import SMALL, fine_tune, last_of, records, refused
+from tests.test_detect_train import fine_tune, last_of, records, refused, round_arguments
 from utils import checkpoint, labels
 from utils.errors import DivergedError, InputError
 from utils.paths import ROOT, RunDir
@@ -101,10 +102,9 @@ def test_every_image_is_detected_in_once(tmp_path: Path, r1: tuple[Path, dict[st
 
 
 def test_two_ranks_train_and_evaluate(tmp_path: Path, data: Path) -> None:
-    words = ["--run-dir", tmp_path / "run", "--dataset-root", data, "--epochs", 1, "--lr", 0.01, *SMALL, *DENSE]
-    trained = ranks.torchrun(2, "-m", "detect_train.train", *words)
-    assert trained.returncode == 0, trained.stderr[-3000:]
-    assert trained.stdout.count("Epoch Stats [0]") == 1
+    first, second = ended_with(tmp_path, "detect_train.train", *round_arguments(tmp_path / "run", data, 1, *DENSE))
+    assert first["step"] == second["step"] == 2 and first["metrics"] == second["metrics"]
+    assert all(torch.equal(second["model"][name], value) for name, value in first["model"].items())
     best = RunDir(tmp_path / "run").checkpoints / "best.pth"
     answer = ranks.torchrun(2, "-m", "evaluate.run", *evaluated(tmp_path / "two", best, data))
     assert answer.returncode == 0, answer.stderr[-3000:]

@@ -1,13 +1,8 @@
-"""Two ranks of one round: a common batch, common weights, one validation.
-
-This file is the program of the ranks, too: what each ended with is saved and compared in the test.
-"""
+"""Two ranks of one round: a common batch, common weights, one validation."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +11,20 @@ import torch
 
 from evaluate import run as evaluate
 from tests.labeled_set import write_set
+from tests.rank_weights import ended_with
 from tests.ranks import torchrun
-from tests.test_detect_train import fine_tune, records
-from utils import checkpoint, engine
+from tests.test_detect_train import fine_tune, records, round_arguments
+from utils import checkpoint
 from utils.errors import InputError
-
-
-def one_rank(folder: Path) -> None:
-    ended: list[engine.TrainState] = []
-    fit = engine.fit
-
-    def observed(state: engine.TrainState, *arguments: Any, **options: Any) -> None:
-        fit(state, *arguments, **options)
-        ended.append(state)
-
-    engine.fit = observed
-    result = fine_tune(folder / "run", folder / "data", 1)
-    report = {"model": ended[0].model.state_dict(), "metrics": result["metrics"], "step": ended[0].step}
-    torch.save(report, folder / f"rank{os.environ['RANK']}.pth")
-
-
-if __name__ == "__main__":
-    one_rank(Path(sys.argv[1]))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     write_set(folder / "data")
-    done = torchrun(2, "-m", "tests.test_detect_ranks", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Epoch Stats [0]") == 1
-    return folder, [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    found = ended_with(folder, "detect_train.train", *round_arguments(folder / "run", folder / "data", 1))
+    assert (folder / "stdout").read_text().count("Epoch Stats [0]") == 1
+    return folder, found
 
 
 def test_the_ranks_end_with_the_same_weights_and_statistics(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

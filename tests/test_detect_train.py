@@ -36,9 +36,14 @@ EPOCH_LINE = re.compile(
 )
 
 
-def fine_tune(run: Path, data: Path, epochs: int, *words: str, lr: float = 0.01) -> dict[str, Any]:
+def round_arguments(run: Path, data: Path, epochs: int, *more: str, lr: float = 0.01) -> list[str]:
     flags = ["--run-dir", str(run), "--dataset-root", str(data), "--epochs", str(epochs), "--lr", str(lr)]
-    return train.main([*flags, *SMALL, *words])
+    return [*flags, *SMALL, *more]
+
+
+def fine_tune(*run: Any, **how: Any) -> dict[str, Any]:
+    """Args: run, how: see `round_arguments`."""
+    return train.main(round_arguments(*run, **how))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from detect_train.model import build, from_checkpoint
 from detect_train.targets import Targets, pad
-from detect_train.two_stage.classifier import CONTEXT, Noise, Sample, choose, jittered, losses
+from detect_train.two_stage.classifier import CONTEXT, FAR, OVERLAP, Noise, Sample, choose, jittered, losses
 from detect_train.two_stage.config import Iterations
 from detect_train.two_stage.crops import crop, enlarge
 from detect_train.two_stage.maps import NARROWEST, SPREAD, STRIDE, UNIT, Maps, goals
@@ -187,11 +187,27 @@ def test_an_object_that_is_not_proposed_is_learnt_all_the_same() -> None:
     assert found.labels[0].tolist() == [1, 0, 0, 0]
 
 
+def test_a_rare_class_is_drawn_as_often_as_a_common_one() -> None:
+    targets = some([[8.0 * i, 0.0, 8.0 * i + 7, 30.0] for i in range(8)], rows=8)
+    targets.labels[0] = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2])
+    none = torch.zeros(1, 1, 4)
+    drawn = [int(choose(none, targets, Noise.draw(targets, 1, seed), 2).labels[0, 0]) for seed in range(400)]
+    assert 160 < drawn.count(2) < 240  # 50 if every object were as likely; four standard deviations
+
+
+def test_what_overlaps_an_object_by_half_or_little_less_is_not_learnt_as_background() -> None:
+    box = torch.tensor([[10.0, 10.0, 30.0, 30.0]])
+    near, far = box + torch.tensor([7.5, 0.0, 7.5, 0.0]), box + torch.tensor([12.0, 0.0, 12.0, 0.0])
+    assert FAR < box_iou(box, near) < OVERLAP and box_iou(box, far) < FAR
+    sample = sampled(6, some(box.tolist()), torch.cat([near, near, near, far])[None])
+    assert sorted(sample.labels[sample.taken].tolist()) == [0, 1]
+
+
 def test_jitter_is_bounded_by_the_match() -> None:
     corners = torch.tensor([[a, b, c, d] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1) for d in (-1, 1)])
     boxes = torch.tensor([[10.0, 10.0, 30.0, 50.0]]).expand(16, 4)
     overlap = box_iou(boxes[:1], jittered(boxes, corners.float()))
-    assert overlap.min() > 0.4 and overlap.max() < 1
+    assert overlap.min() > FAR and overlap.max() < 1
 
 
 def test_filled_up_rows_count_nothing() -> None:
@@ -245,3 +261,10 @@ def test_batches_end_with_the_last_iteration_wherever_they_begin(epoch: int, bat
         batches.go_to(each, batch if each == epoch else 0)
         drawn += len(list(batches))
     assert step + drawn == 10
+
+
+def test_extents_are_as_fine_in_bf16_as_in_float32() -> None:
+    unet = small().unet
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        extents = unet.maps(unet.normalise(pictures())).extents
+    assert not torch.equal(extents, extents.bfloat16().float())

@@ -7,8 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint, checkpoint_files, dist, log, paths
+from utils import checkpoint, checkpoint_files, config, dist, env, files, log, paths
 from utils.errors import CheckpointError, InputError
+
+
+def begin(
+    cfg: Any, run_dir: paths.RunDir, kind: str, remedy: str, named: str, init: str | None = None
+) -> tuple[Path | None, dict[str, Any] | None, bool]:
+    """Where a run begins, see `starting_point`; its directory is made ready for it, with the configuration in it.
+
+    Args:
+        cfg: dataclass of the program's configuration.
+        kind, remedy: of the checkpoint, see `checkpoint.load`.
+        named, init: `resume` and the round before, in local files.
+
+    Returns: the checkpoint's path, the checkpoint, and whether it belongs to this same round.
+    """
+    path, same_round = starting_point(named, init, run_dir.checkpoints, env.restarts())
+    saved = checkpoint.load(path, kind, remedy) if path else None
+    if dist.rank() == 0:
+        make_room(run_dir.checkpoints, saved if same_round else None)
+        files.write_text(run_dir.config, config.to_yaml(cfg))
+    return path, saved, same_round
 
 
 def starting_point(resume: str, init: str | None, directory: Path, restarts: int) -> tuple[Path | None, bool]:

@@ -19,6 +19,7 @@ from detect_train.two_stage.unet import LEVELS, encoder
 CONTEXT = 1.25  # side of a crop, in its box's: what is around an object tells what it is, and where it ends
 SHIFT, STRETCH = 0.15, 0.25  # of a jittered box: at most, in its sides; of the logarithm of a side
 OVERLAP = 0.5  # IoU with an object from which on a box stands for it
+FAR = 0.4  # below this with every object it is background; between the two it is neither
 WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)  # of the offsets, as in Faster R-CNN
 
 
@@ -85,22 +86,26 @@ def choose(proposals: torch.Tensor, targets: Targets, noise: Noise, size: int) -
     """`size` boxes of each image's `proposals` (B, K, 4) and of its objects' boxes, moved a little.
 
     Half of them stand for an object, if there are as many of each kind; an object that the U-Net misses counts too,
-    as each brings a box of its own.
+    as each brings a box of its own. A class with few objects in an image is drawn as often as one with many.
     """
     boxes = torch.cat([proposals, jittered(targets.boxes, noise.shift)], dim=1)  # (B, N, 4)
-    found = match(targets, boxes, low=OVERLAP, high=OVERLAP, at_least_one=False)
+    found = match(targets, boxes, low=FAR, high=OVERLAP, at_least_one=False)
     valid = torch.cat([torch.ones_like(proposals[..., 0], dtype=torch.bool), targets.present()], dim=1)
+    valid &= found.kind >= 0
     positive = valid & (found.kind > 0)
-    objects = torch.where(positive, noise.order, -1)
+    labels = select(targets.labels, found.nearest) * positive
+    alike = (labels[:, :, None] == labels[:, None, :]).sum(dim=2)
+    # a draw of weight 1 / alike (Efraimidis & Spirakis, 2006)
+    objects = torch.where(positive, noise.order.pow(alike), -1)
     least = objects.topk(size // 2).values[:, -1:]  # -1 where there are not so many
     # first half the objects, then background, then what fills up: the other objects, and last what is no box
     rank = 2 * (positive & (objects >= least)) + 1 * (valid & ~positive) - 1 * ~valid
     best = (rank + noise.order).topk(size)
-    own, nearest, stands = (select(part, best.indices) for part in (boxes, found.nearest, positive))
+    own, nearest, label = (select(part, best.indices) for part in (boxes, found.nearest, labels))
     return Sample(
         own,
-        select(targets.labels, nearest) * stands,
-        torch.where(stands[..., None], select(targets.boxes, nearest), own),
+        label,
+        torch.where(label[..., None] > 0, select(targets.boxes, nearest), own),
         best.values >= 0,
     )
 

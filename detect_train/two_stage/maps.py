@@ -11,7 +11,7 @@ from detect_train.targets import Targets
 
 STRIDE = 4  # pixels a side of a place
 SPREAD = 0.1  # standard deviation of an object's Gaussian, in its width and height
-NARROWEST = 0.6  # of a Gaussian, in places: less, and the places around a small object's centre learn nothing of it
+NARROWEST = 1.0  # of a Gaussian, in places: less, and the places around a small object's centre learn nothing of it
 UNIT = 1 / 8  # of the square's side: an object of this side has extents 0
 
 Losses = dict[str, torch.Tensor]

@@ -39,8 +39,6 @@ from utils import (
     config,
     dist,
     engine,
-    env,
-    files,
     hooks,
     loader,
     mirror_views,
@@ -60,14 +58,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with dist.session(cfg.device, run_dir, timeout=cfg.collective_timeout, **how) as device:
         directory = run_dir.checkpoints
         here = mirror_views.brought(cfg, run_dir)
-        path, same_round = resume.starting_point(here.resume, None, directory, env.restarts())
-        saved = checkpoint.load(path, KINDS[cfg.part], REMEDY) if path else None
-        if dist.rank() == 0:
-            resume.make_room(directory, saved if same_round else None)
+        path, saved, same_round = resume.begin(cfg, run_dir, KINDS[cfg.part], REMEDY, here.resume)
         if path and saved and same_round and cfg.part == "classify":
             saved["best"] = rounds.name_best(saved, path)
-        if dist.rank() == 0:
-            files.write_text(run_dir.config, config.to_yaml(cfg))
         if saved and same_round and saved["step"] >= cfg.planned.total and not saved["batch"]:
             epochs, best, summary = saved["epochs_done"], saved["best"], saved["summary"]
         else:

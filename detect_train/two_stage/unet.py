@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
-from detect_train.geometry import select
+from detect_train.geometry import in_float32, select
 from detect_train.pyramid import doubled
 from detect_train.regions import Regions, Rules
 from detect_train.targets import Targets
@@ -103,7 +103,7 @@ class UNet(nn.Module):
         deep = features[LEVELS[-1]]
         for i in (2, 1, 0):
             deep = self.ups[i](deep, features[LEVELS[i]])
-        answer = self.answer(F.relu(self.head(deep))).float()  # in bf16 a box of 300 pixels would be a pixel off
+        answer = in_float32(self.answer, F.relu(self.head(deep)))
         return Maps(answer[:, 0], answer[:, 1], answer[:, 2:])
 
     @torch.no_grad()

@@ -31,33 +31,35 @@ class Seldom(Hook):
 
 
 class Recall(Hook):
-    """Writes which share of the validation split's objects the proposals find, whatever their class."""
+    """Writes which share of the validation split's objects, and of those of each class, the proposals find."""
 
     def __init__(self, index: LabelIndex, writer: MetricsWriter, save: SaveCheckpoints, **how: Any) -> None:
         """Args: how: `predict`'s batch_size, workers, device and precision."""
         self.index, self.writer, self.save, self.how = index, writer, save, how
 
     def before_end(self, state: TrainState) -> None:
-        proposals = predicted(state, self.index, self.save, **self.how)
-        state.summary["recall"] = recall(self.index, proposals)
+        found = recalled(self.index, predicted(state, self.index, self.save, **self.how))
+        recall = float(found.mean())
+        state.summary["recall"] = recall
         if dist.rank() == 0:
-            value = state.summary["recall"]
-            self.writer.write("val", epoch=state.epoch, step=state.step, recall=value)
-            loss = state.summary["loss_avg"]
-            print(f"Epoch Stats [{state.epoch}] - Loss Avg: {loss:.6f}, Proposal Recall: {value:.6f}", flush=True)
+            of_class = {name: found[self.index.labels == 1 + i] for i, name in enumerate(self.index.classes)}
+            shares = {name: float(objects.mean()) for name, objects in of_class.items() if len(objects)}
+            self.writer.write("val", epoch=state.epoch, step=state.step, recall=recall, recall_per_class=shares)
+            loss, classes = state.summary["loss_avg"], ", ".join(f"{name} {each:.3f}" for name, each in shares.items())
+            line = f"Epoch Stats [{state.epoch}] - Loss Avg: {loss:.6f}, Proposal Recall: {recall:.6f} ({classes})"
+            print(line, flush=True)
 
 
-def recall(index: LabelIndex, proposals: np.ndarray) -> float:
-    """The share of all boxes of `index` that a proposal of their image, rows as `predict` gives them, overlaps enough.
+def recalled(index: LabelIndex, proposals: np.ndarray) -> np.ndarray:
+    """(M,) bool: which of the boxes of `index` a proposal of their image overlaps enough.
 
     Args:
-        proposals: (n, 7), by image id.
+        proposals: (n, 7), rows as `predict` gives them, by image id.
     """
     limits = np.searchsorted(proposals[:, 0], index.ids, "left"), np.searchsorted(proposals[:, 0], index.ids, "right")
-    found = 0
+    found = np.zeros(len(index.boxes), dtype=bool)
     for image, (first, last) in enumerate(zip(*limits, strict=True)):
-        boxes, _ = index.target(image)
-        if last > first and len(boxes):
-            overlap = iou(torch.from_numpy(boxes), torch.from_numpy(proposals[first:last, 1:5].copy()))
-            found += int((overlap.amax(dim=1) >= OVERLAP).sum())
-    return found / len(index.boxes)
+        objects = slice(*index.offsets[image : image + 2])
+        overlap = iou(torch.from_numpy(index.boxes[objects]), torch.from_numpy(proposals[first:last, 1:5].copy()))
+        found[objects] = (overlap >= OVERLAP).any(dim=1).numpy()
+    return found
