@@ -19,8 +19,8 @@ from detect_train.geometry import LARGEST_GROWTH, in_float32, select
 from detect_train.proposals import Losses
 from detect_train.pyramid import CHANNELS, STRIDES, resnet_pyramid
 from detect_train.regions import Regions, Rules
+from detect_train.squares import Normalise
 from detect_train.targets import Targets
-from utils.images import MEAN, STD
 
 # The paper has 4. At 1024 pixels each costs 13 G multiply-adds an image in each of the two towers: 2 and 2 come to
 # 60 % of a ResNet-50, 4 and 4 to more than all of it.
@@ -61,8 +61,6 @@ class DenseDetector(nn.Module):
     """See `build`; in eval mode a `regions.SquareDetector`."""
 
     watched = ("head",)
-    mean: torch.Tensor
-    std: torch.Tensor
     points: torch.Tensor
     strides: torch.Tensor
     ranges: torch.Tensor
@@ -71,12 +69,10 @@ class DenseDetector(nn.Module):
         self, backbone: nn.Module, head: DenseHead, *, side: int, sizes: Sequence[int], kept: int, rules: Rules
     ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.normalise, self.backbone, self.head = Normalise(), backbone, head
         self.side, self.kept, self.rules = side, kept, rules
         grids = [math.ceil(side / stride) for stride in STRIDES]
-        mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (MEAN, STD))
-        fixed = {"mean": mean, "std": std, **places(grids, STRIDES, sizes)._asdict()}
-        for name, values in fixed.items():
+        for name, values in places(grids, STRIDES, sizes)._asdict().items():
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: torch.Tensor, targets: Targets | None = None) -> Losses | Regions:
@@ -86,7 +82,7 @@ class DenseDetector(nn.Module):
             images: (B, 3, side, side) uint8; boxes are in their pixels.
         """
         assert self.training == (targets is not None), "targets are for training, and it needs them"
-        pixels = (images - self.mean) / self.std
+        pixels = self.normalise(images)
         if torch.is_autocast_enabled(images.device.type):  # as `Transform` does, and for its reason
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         classes, sides, centerness = self.head(list(self.backbone(pixels).values()))

@@ -11,17 +11,33 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from detect_train.data import DetectionImages, Example
 from detect_train.targets import Batch, pad
-from utils.images import MEAN
+from utils.images import MEAN, STD
 from utils.labels import LabelIndex
 
 Size = tuple[int, int]  # height, width
 FILL = torch.tensor([round(255 * level) for level in MEAN], dtype=torch.uint8)[:, None, None]
 
 cv2.setNumThreads(0)  # other loader processes have the other cores
+
+
+class Normalise(nn.Module):
+    """uint8 images (B, 3, H, W) as float32 with the statistics that pretraining had."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.float() - self.mean) / self.std
 
 
 class Squares(Dataset[Example]):

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
+import torch_xla
 from torch.utils.data import Dataset
 from torchvision.models import resnet
 
 from detect_train import dense, pyramid
 from detect_train.inference import predict
-from detect_train.targets import Batch, Targets
 from tests.test_dense import SMALL, small
+from tests.thin_detector import COMPARED, GRAPHS, STEPS, Thin, batches, compiled, fallbacks  # before torch_xla
 
-# Before torch_xla is imported: XLA compiles for the CPU in a twentieth of the time, to code of the same arithmetic.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-pytest.importorskip("torch_xla", reason="torch_xla has an environment of its own: make install-tpu")
-
-import torch_xla
-import torch_xla.debug.metrics as metrics
-
-ROWS, STEPS = 4, 30
 CHANNELS = 64  # a quarter
+CLASSES = 3
 LR = 1e-3
-
-
-class Thin(resnet.ResNet):
-    """As few layers as a ResNet can have, of an eighth of the channels."""
-
-    def __init__(self, weights: None, norm_layer: Any) -> None:
-        super().__init__(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-
-    def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> torch.nn.Sequential:
-        return super()._make_layer(block, planes // 8, *rest, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +27,6 @@ def thin(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHANNELS", CHANNELS)
 
 
-def batches() -> list[Batch]:
-    """One for each step, with 0 to ROWS objects an image."""
-    random = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(STEPS):
-        corners = torch.rand(2, ROWS, 2, generator=random) * 32
-        boxes = torch.cat([corners, corners + 8 + 20 * torch.rand(2, ROWS, 2, generator=random)], dim=-1)
-        counts = torch.randint(ROWS + 1, (2,), generator=random)
-        present = torch.arange(ROWS) < counts[:, None]
-        labels = torch.randint(1, 4, (2, ROWS), generator=random) * present
-        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=random)
-        found.append(Batch(images, Targets(boxes * present[..., None], labels, counts)))
-    return found
-
-
 class Squares(Dataset[Any]):
     """Five pictures of 48 x 64 in squares: the last batch of two is filled up."""
 
@@ -66,13 +34,8 @@ class Squares(Dataset[Any]):
         return 5
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        images = batches()[i].images
+        images = batches(i + 1, CLASSES)[i].images
         return images[0], {"image_id": i, "size": (48, 64)}
-
-
-def compiled() -> int:
-    counted = metrics.metric_data("CompileTime")
-    return counted[0] if counted else 0
 
 
 def train(device: torch.device, norm: str, steps: int) -> tuple[list[list[float]], list[int], dense.DenseDetector]:
@@ -80,7 +43,7 @@ def train(device: torch.device, norm: str, steps: int) -> tuple[list[list[float]
     model = small(norm=norm).to(device).train()
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=LR, momentum=0.9)
     losses, graphs = [], []
-    for batch in batches()[:steps]:
+    for batch in batches(steps, CLASSES):
         found: Any = model(*batch.to(device))
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(found.values())).sum().backward()
@@ -93,17 +56,17 @@ def train(device: torch.device, norm: str, steps: int) -> tuple[list[list[float]
 
 
 def test_training_settles_and_computes_the_same() -> None:
-    metrics.clear_all()
+    before = compiled()
     found, graphs, model = train(torch_xla.device(), "frozen", STEPS)
-    assert graphs[1] == graphs[-1] <= 3
-    assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
-    wanted, _, _ = train(torch.device("cpu"), "frozen", 20)
+    assert graphs[1] == graphs[-1] <= before + GRAPHS
+    assert fallbacks() == []
+    wanted, _, _ = train(torch.device("cpu"), "frozen", COMPARED)
     for step, (ours, theirs) in enumerate(zip(found, wanted, strict=False)):
         assert ours == pytest.approx(theirs, rel=1e-5), step
 
     model.eval()
     before = compiled()
-    for batch in batches()[:4]:
+    for batch in batches(4, CLASSES):
         with torch.no_grad():
             regions: Any = model(batch.images.to(torch_xla.device()))  # type: ignore[union-attr]
         torch_xla.sync()
@@ -112,7 +75,7 @@ def test_training_settles_and_computes_the_same() -> None:
     alone = small(norm="frozen")
     alone.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
     with torch.no_grad():
-        expected: Any = alone.eval()(batches()[3].images)
+        expected: Any = alone.eval()(batches(4, CLASSES)[3].images)
     torch.testing.assert_close(regions.scores.cpu(), expected.scores, rtol=1e-4, atol=1e-6)
 
     how: dict[str, Any] = {"batch_size": 2, "workers": 0, "precision": "float32"}
@@ -123,10 +86,10 @@ def test_training_settles_and_computes_the_same() -> None:
     wanted_rows = predict(alone, Squares(), device=torch.device("cpu"), **how)
     assert rows.tolist() == again.tolist() and rows[:, 0].tolist() == wanted_rows[:, 0].tolist()
     torch.testing.assert_close(torch.tensor(rows[:, 5]), torch.tensor(wanted_rows[:, 5]), rtol=1e-4, atol=1e-6)
-    assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
+    assert fallbacks() == []
 
 
 def test_statistics_that_are_trained_settle_too() -> None:
     before = compiled()
     _, graphs, _ = train(torch_xla.device(), "train", 6)
-    assert graphs[1] == graphs[-1] <= before + 3
+    assert graphs[1] == graphs[-1] <= before + GRAPHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from detect_train.two_stage.maps import losses as map_losses
 from detect_train.two_stage.model import TwoStage, best_pairs
 from detect_train.two_stage.parts import Until, schedule
 from detect_train.two_stage.unet import UNet
+from detect_train.two_stage.validation import recalled
 from utils.engine import TrainState
+from utils.labels import LabelIndex
+from utils.tree import Folder
 
 SMALL: dict[str, Any] = {
     "head": "two_stage", "num_classes": 3, "backbone": "resnet18", "side": 64, "width": 4, "proposals": 8,
@@ -268,3 +272,15 @@ def test_extents_are_as_fine_in_bf16_as_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         extents = unet.maps(unet.normalise(pictures())).extents
     assert not torch.equal(extents, extents.bfloat16().float())
+
+
+def test_an_object_is_recalled_by_a_proposal_of_its_own_image_that_overlaps_it_by_half() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40], [0, 0, 10, 10], [5, 5, 5, 9]], dtype=np.float64)
+    offsets, numbers = np.array([0, 2, 2, 4]), np.arange(3)
+    index = LabelIndex(
+        tree=Folder(Path()), split="validation", classes=("cat",), ids=np.array([3, 5, 8]), numbers=numbers,
+        sizes=np.full((3, 2), 64), offsets=offsets, boxes=boxes, labels=np.ones(4, dtype=np.int64), problems=(),
+    )  # fmt: skip
+    proposals = [[3, 20, 20, 40, 30.5, 1, 1], [3, 0, 0, 10, 4.9, 1, 1], [5, 0, 0, 10, 10, 1, 1], [8, 5, 5, 5, 9, 1, 1]]
+    assert recalled(index, np.array(proposals)).tolist() == [False, True, False, False]
+    assert not recalled(index, np.empty((0, 7))).any()

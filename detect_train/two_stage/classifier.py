@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from detect_train.geometry import Weights, encode, select
 from detect_train.matching import match
-from detect_train.proposals import BETA
+from detect_train.proposals import BETA, Losses
 from detect_train.targets import Targets
+from detect_train.two_stage.config import DIVISIBLE
 from detect_train.two_stage.crops import crop, enlarge
-from detect_train.two_stage.maps import Losses
 from detect_train.two_stage.unet import LEVELS, encoder
 
 CONTEXT = 1.25  # side of a crop, in its box's: what is around an object tells what it is, and where it ends
@@ -59,7 +59,7 @@ class CropClassifier(nn.Module):
         super().__init__()
         self.side = side
         self.backbone, (channels,) = encoder(backbone, LEVELS[-1:])
-        self.cells = side // 32  # a side of the last map
+        self.cells = side // DIVISIBLE  # a side of the last map
         self.scores = nn.Linear(channels, num_classes)
         # from every place of the last map: its average would not say where the edges are
         self.offsets = nn.Linear(channels * self.cells**2, 4)

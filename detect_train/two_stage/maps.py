@@ -7,14 +7,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from detect_train.proposals import Losses
 from detect_train.targets import Targets
 
 STRIDE = 4  # pixels a side of a place
 SPREAD = 0.1  # standard deviation of an object's Gaussian, in its width and height
 NARROWEST = 1.0  # of a Gaussian, in places: less, and the places around a small object's centre learn nothing of it
 UNIT = 1 / 8  # of the square's side: an object of this side has extents 0
-
-Losses = dict[str, torch.Tensor]
 
 
 class Maps(NamedTuple):

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from detect_train.geometry import decode, select
+from detect_train.proposals import Losses
 from detect_train.regions import Regions, Rules
 from detect_train.targets import Targets
 from detect_train.two_stage.classifier import WEIGHTS, CropClassifier, Noise, choose, losses
-from detect_train.two_stage.maps import Losses
 from detect_train.two_stage.unet import UNet
 
 

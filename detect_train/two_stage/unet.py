@@ -15,11 +15,12 @@ from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
 from detect_train.geometry import in_float32, select
+from detect_train.proposals import Losses
 from detect_train.pyramid import doubled
 from detect_train.regions import Regions, Rules
+from detect_train.squares import Normalise
 from detect_train.targets import Targets
-from detect_train.two_stage.maps import STRIDE, UNIT, Losses, Maps, goals, losses
-from utils.images import MEAN, STD
+from detect_train.two_stage.maps import STRIDE, UNIT, Maps, goals, losses
 
 LEVELS = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, at strides 4, 8, 16 and 32
 RARE = -2.2  # logit of the centres' first probability, 0.1: at 0.5 the many places without one are all that is learnt
@@ -31,21 +32,6 @@ def encoder(backbone: str, levels: tuple[str, ...]) -> tuple[nn.ModuleDict, list
     resnet = get_model(backbone, weights=None)
     widths = [resnet.fc.in_features // 2 ** (len(LEVELS) - 1 - LEVELS.index(level)) for level in levels]
     return nn.ModuleDict({"body": IntermediateLayerGetter(resnet, {level: level for level in levels})}), widths
-
-
-class Normalise(nn.Module):
-    """uint8 images (B, 3, H, W) as float32 with the statistics that pretraining had."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.float() - self.mean) / self.std
 
 
 class Up(nn.Module):
