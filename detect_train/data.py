@@ -32,6 +32,14 @@ class DetectionImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.index)
 
+    def ahead(self, indices: Sequence[int]) -> None:
+        """See `Tree.ahead`."""
+        self.index.ahead(indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        self.ahead(indices)
+        return [self[i] for i in indices]
+
     def __getitem__(self, i: int) -> Example:
         picture = np.array(images.decode(self.index.read(i), self.index.shown(i)))
         image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()

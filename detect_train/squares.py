@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from detect_train.data import DetectionImages, Example
 from detect_train.targets import Batch, pad
@@ -40,7 +39,7 @@ class Normalise(nn.Module):
         return (images.float() - self.mean) / self.std
 
 
-class Squares(Dataset[Example]):
+class Squares(DetectionImages):
     """Example i of a label index: (image (3, side, side) uint8, target).
 
     The target has `boxes` (k, 4) float32 xyxy pixels of the square, `labels` (k,) int64 in 1..C, `image_id`, and
@@ -51,13 +50,11 @@ class Squares(Dataset[Example]):
     """
 
     def __init__(self, index: LabelIndex, side: int, *, flip: bool) -> None:
-        self.pictures, self.side = DetectionImages(index, flip=flip), side
-
-    def __len__(self) -> int:
-        return len(self.pictures)
+        super().__init__(index, flip=flip)
+        self.side = side
 
     def __getitem__(self, i: int) -> Example:
-        picture, target = self.pictures[i]
+        picture, target = super().__getitem__(i)
         size = (picture.shape[1], picture.shape[2])
         rows, columns = fitted(size, self.side)
         square = FILL.repeat(1, self.side, self.side)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from detect_train.data import DetectionImages, mirror
+from detect_train.reading import InSquares, Reader, WholeImages
+from detect_train.regions import Rules
 from tests.archives import NEEDS_TOOLS
 from tests.labeled_set import COLOURS, archived, write_example, write_set
 from utils import images, labels
@@ -77,3 +81,26 @@ def test_boxes_stay_on_their_objects_when_mirrored(tmp_path: Path) -> None:
         assert torch.equal(again, image)
     assert lefts == {4, 44}
     assert DetectionImages(index, flip=False)[0][1]["boxes"][0, 0] == 4
+
+
+@pytest.mark.parametrize("kind", [WholeImages(), InSquares(64, Rules(0, 0.5, 10), ())])
+def test_a_batch_is_asked_for_together(tmp_path: Path, index: LabelIndex, kind: Reader) -> None:
+    """Of a bucket its images come at once, and not one after the other."""
+    asked: list[tuple[str, list[int]]] = []
+
+    class Watched(Folder):
+        def ahead(self, numbers: Sequence[int]) -> None:
+            asked.append(("ahead", list(numbers)))
+
+        def read(self, number: int) -> bytes:
+            asked.append(("read", [number]))
+            return super().read(number)
+
+    images = kind.examples(replace(index, tree=Watched(tmp_path / "set")), flip=True)
+    numbers = index.numbers[:3].tolist()
+    expected = [("ahead", numbers), *(("read", [number]) for number in numbers)]
+    for dataset, keys in ((images, range(3)), (Seeded(images, 0), [(0, i) for i in range(3)])):
+        (batch,) = DataLoader(dataset, batch_sampler=[list(keys)], collate_fn=list)
+        assert [target["image_id"] for _, target in batch] == index.ids[:3].tolist()
+        assert asked == expected
+        asked.clear()

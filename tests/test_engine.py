@@ -29,6 +29,9 @@ class Numbers(torch.utils.data.Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return 12
 
+    def ahead(self, indices: list[int]) -> None:
+        pass
+
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor([float(index)]) / 12 + 0.1 * torch.rand(1)
 

@@ -29,6 +29,9 @@ class Draws(Dataset[Item]):
     def __len__(self) -> int:
         return 23
 
+    def ahead(self, indices: list[int]) -> None:
+        pass
+
     def __getitem__(self, index: int) -> Item:
         return index, random.random(), float(np.random.rand()), float(torch.rand(()))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,11 @@ class WholeBatches(Sampler[list[int]]):
 
 
 class Seeded(Dataset[Any]):
-    """`dataset[index]` for a key (epoch, index), with random numbers that depend on (seed, epoch, index) only."""
+    """`dataset[index]` for a key (epoch, index), with random numbers that depend on (seed, epoch, index) only.
+
+    Args:
+        dataset: with `ahead(indices)`, called for a batch before its examples are read, see `Tree.ahead`.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -103,6 +107,10 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         with seeded(self.seed, *key):
             return self.dataset[key[1]]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
+        self.dataset.ahead([index for _, index in keys])
+        return [self[key] for key in keys]
 
 
 def seed_from(*numbers: int) -> int:
