@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import files
-from utils.errors import EnvironmentProblem
+from utils.errors import EnvironmentProblem, InputError
 from utils.paths import ROOT
+
+LIMIT = 64  # MiB; a checkout has a few
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Code:
 
 
 def pack() -> Code:
-    """Raises: EnvironmentProblem where there is no git checkout."""
+    """Raises: EnvironmentProblem where there is no git checkout; InputError for one with more than LIMIT."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True).stdout.decode(errors="surrogateescape")
@@ -42,6 +44,14 @@ def pack() -> Code:
         said = getattr(error, "stderr", b"").decode().strip() or error
         raise EnvironmentProblem(f"--cluster tpu copies the files that git lists in {ROOT}: {said}") from None
     names = [name for name in sorted(set(listed.split("\0")) - {""}) if (ROOT / name).is_file()]
+    sizes = {name: (ROOT / name).stat().st_size / 2**20 for name in names}
+    if (total := sum(sizes.values())) > LIMIT:
+        largest = sorted(names, key=lambda name: -sizes[name])[:5]
+        listed = ", ".join(f"{name} ({sizes[name]:.1f} MiB)" for name in largest)
+        raise InputError(
+            f"--cluster tpu copies the files that git lists in {ROOT}: {total:.0f} MiB, and {LIMIT} at most; "
+            f"data belongs in a bucket, and what no VM needs in .gitignore; the largest: {listed}"
+        )
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", dereference=True) as tar:
         for name in names:
@@ -59,11 +69,16 @@ def _timeless(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def unpack(code: Code) -> str:
-    """The shell command by which a host unpacks the copy and sets up its environment; again it changes nothing."""
+    """The shell command by which a host unpacks the copy, in place of older ones, and sets up its environment.
+
+    Again it changes nothing.
+    """
     return joined(
         ["mkdir", "-p", code.folder],
         ["tar", "-xzf", code.archive, "-C", code.folder],
-        ["make", "-C", code.folder, "install-tpu"],
+        ["cd", code.folder],
+        ["python3", "-m", "jobs.tpu_remote", "tidy"],
+        ["make", "install-tpu"],
     )
 
 

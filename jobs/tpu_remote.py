@@ -2,6 +2,7 @@
 
     python3 -m jobs.tpu_remote run CHAIN STAGE COMMAND...  # start it, unless it runs; show what it prints; end like it
     python3 -m jobs.tpu_remote stop CHAIN STAGE            # ask it to save its work and to end
+    python3 -m jobs.tpu_remote tidy                        # remove older copies of the code, if nothing runs
 
 A connection of many hours breaks, and gcloud then calls ssh with the same command again, up to ten times: the second
 call must follow the run of the first and start no other.
@@ -11,6 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +25,11 @@ from typing import BinaryIO
 from utils import stop
 
 ENDED = "relay-tpu: the stage ended with {}"  # the launcher reads it: gcloud's own exit code says less
+STARTED = "relay-tpu: it starts here"
 FOLLOWED = "relay-tpu: it runs here already"
+REFUSED = "relay-tpu: it runs here with another command: {}"
+OTHER = 78  # exit code with that line; no stage ends with it
+CODE = r"relay-[0-9a-f]{12}(\.tar\.gz)?"  # jobs/tpu_code.py names it
 VANISHED = 137  # as if killed: it left no exit code
 TAIL = 4096  # bytes shown of what was printed before this connection
 PAUSE = 0.2  # seconds
@@ -36,17 +44,20 @@ class Files:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.lock = folder / f"{stage}.lock"  # held while the stage runs; the kernel frees it, whatever happens
         self.log, self.pid, self.code = (folder / f"{stage}.{what}" for what in ("log", "pid", "code"))
+        self.command = folder / f"{stage}.command"
 
 
 def run(files: Files, command: list[str]) -> int:
-    """Start the command unless it runs, follow it, and return its exit code."""
+    """Start the command unless it runs, follow it, and return its exit code; OTHER if the stage runs by another."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody listens any more: the stage does not mind
     with open(files.lock, "a") as lock:
         begun = _locked(lock.fileno(), tries=5)  # others only look, for a moment
         if begun:
             _start(files, command, lock.fileno())
-        else:
-            print(FOLLOWED, flush=True)
+        elif (other := files.command.read_text()) != shlex.join(command):
+            print(REFUSED.format(other), flush=True)
+            return OTHER
+        print(STARTED if begun else FOLLOWED, flush=True)
     with open(files.log, "rb") as log:
         if not begun:
             log.seek(max(0, files.log.stat().st_size - TAIL))
@@ -73,6 +84,7 @@ def _start(files: Files, command: list[str], lock: int) -> None:
     """Start a keeper in a session of its own. It inherits the lock, and whoever asks it to end is heard from now on."""
     for file in (files.code, files.pid):
         file.unlink(missing_ok=True)
+    files.command.write_text(shlex.join(command))
     keeper = [sys.executable, "-m", "jobs.tpu_remote", "keep", str(files.code), str(lock), *command]
     with open(files.log, "wb") as log, stop.held_back():
         process = subprocess.Popen(
@@ -127,11 +139,24 @@ def ask_to_end(files: Files) -> None:
     print("nothing runs here", flush=True)
 
 
+def tidy() -> None:
+    """Remove the copies of the code beside this one, unless a stage runs: it may be by one of them."""
+    for lock in Path.home().glob(".relay/*/*.lock"):
+        with open(lock) as file:
+            if not _locked(file.fileno()):
+                return
+    for path in Path.home().glob("relay-*"):
+        if re.fullmatch(CODE, path.name) and not path.name.startswith(Path.cwd().name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:]
     if verb == "run":
         sys.exit(run(Files(*rest[:2]), rest[2:]))
     if verb == "stop":
         ask_to_end(Files(*rest))
+    if verb == "tidy":
+        tidy()
     if verb == "keep":
         keep(Path(rest[0]), int(rest[1]), rest[2:])

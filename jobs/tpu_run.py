@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs import state, store, tpu, tpu_vm
 from jobs.local import StageFailed
 from jobs.plan import Step
 from jobs.stages import Chain
 from jobs.tpu_code import Code
-from jobs.tpu_shown import Ended, end, handling, shown, start
+from jobs.tpu_gcloud import POLL, Exists, patiently
+from jobs.tpu_lease import Lease, lent
+from jobs.tpu_shown import Ended, end, handling, say, shown, start
 from jobs.tpu_vm import Vm
 from utils import mirror_views, paths
-from utils.errors import EnvironmentProblem, RelayError, Stopped
+from utils.errors import EnvironmentProblem, InputError, RelayError, Stopped
+
+T = TypeVar("T")
 
 
 def run(chain: Chain, steps: Sequence[Step], code: Code) -> None:
     """Run the steps of a plan, and collect what each has made.
 
-    Raises: StageFailed; Stopped by a signal, with the stage's work saved; EnvironmentProblem.
+    Raises: StageFailed; Stopped by a signal, with the stage's work saved; InputError; EnvironmentProblem.
     """
     paths.make_private(chain.dir.submitted)
-    vm = Vm.of(chain)
-    with handling(_interrupt), _lent(vm):
-        session = _Session(chain, vm, code)
+    with handling(_interrupt), lent(Vm.of(chain)) as lease:
+        session = _Session(chain, lease, code)
         for step in steps:
             if step.action == "skip":
-                print(f"{step.stage}: done already, skipped", flush=True)
+                say(f"{step.stage}: done already, skipped")
                 session.collect(step.stage)
             else:
                 session.complete(step)
@@ -42,37 +44,11 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _lent(vm: Vm) -> Iterator[None]:
-    """Delete the VM afterwards, if it is ours."""
-    tpu_vm.find(vm)  # who is not logged in is told here, when there is nothing to delete
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(EnvironmentProblem):  # the cause to tell is what ended the chain
-            _release(vm)
-        raise
-    _release(vm)
-
-
-def _release(vm: Vm) -> None:
-    if not vm.ours:
-        print(f"{vm.name} is kept: it was there before (tpu.name)", flush=True)
-        return
-    with contextlib.suppress(OSError):  # a terminal that is gone must not keep the VM
-        print(f"{vm.name}: deleting it", flush=True)
-    try:
-        tpu_vm.delete(vm)
-    except BaseException:
-        print(f"{vm.name} may still be there, and cost: {shlex.join(vm.delete())}", file=sys.stderr, flush=True)
-        raise
-
-
 class _Session:
     """The stages of one launch, on one VM after the other."""
 
-    def __init__(self, chain: Chain, vm: Vm, code: Code) -> None:
-        self.chain, self.vm, self.code = chain, vm, code
+    def __init__(self, chain: Chain, lease: Lease, code: Code) -> None:
+        self.chain, self.lease, self.vm, self.code = chain, lease, lease.vm, code
         self.prepared = False  # the VM that there is now
 
     def complete(self, step: Step) -> None:
@@ -80,22 +56,27 @@ class _Session:
         stage, url = step.stage, self.chain.url(step.stage)
         if step.action == "again":
             self._set_aside(stage)
-        print(f"{stage}: starting", flush=True)
-        idle, begins = 0, mirror_views.newest_checkpoint(url)
+        say(f"{stage}: starting")
+        idle, begins = 0, self._patiently(lambda: mirror_views.newest_checkpoint(url))
         while lost := self._attempt(step):
             cause, restarts = lost
-            now = mirror_views.newest_checkpoint(url)
+            now = self._patiently(lambda: mirror_views.newest_checkpoint(url))
             idle = idle + restarts if now == begins else 0
             begins = now
             where = begins or "its beginning"
             if idle > state.MAX_IDLE:
                 raise EnvironmentProblem(f"{stage}: {idle} attempts in a row came no further than {where}; now {cause}")
-            print(f"{stage}: {cause}; it goes on from {where}", flush=True)
-        print(f"{stage}: collected into {self.chain.run_dir(stage).path}", flush=True)
+            say(f"{stage}: {cause}; it goes on from {where}")
+            time.sleep(POLL)
+        say(f"{stage}: collected into {self.chain.run_dir(stage).path}")
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """What nothing depends on yet is told at once."""
+        return patiently(ask) if self.lease.begun else ask()
 
     def collect(self, stage: str) -> None:
         """Bring the stage's run directory here from the store."""
-        mirror_views.pull(self.chain.url(stage), self.chain.run_dir(stage).path)
+        self._patiently(lambda: mirror_views.pull(self.chain.url(stage), self.chain.run_dir(stage).path))
 
     def _attempt(self, step: Step) -> tuple[str, bool] | None:
         """Run the stage on the VM. None: it is done; else why it has to go on, and whether it has to be started again.
@@ -106,7 +87,12 @@ class _Session:
         if cause := self._prepare(stage):
             return cause, True
         ended, asked = self._run_there(step)
-        mirror_views.pull_markers(self.chain.url(), self.chain.dir.path)
+        if ended.refused:
+            stop = shlex.join(self.vm.ssh(tpu.stop_command(self.chain, self.code, stage)))
+            other = f"{stage} runs on {self.vm.name} with another command: {ended.refused}"
+            raise InputError(f"{other}; end its launcher with Ctrl-C, or if that is gone: {stop}")
+        self.lease.begun |= asked or ended.started or ended.followed
+        self._patiently(lambda: mirror_views.pull_markers(self.chain.url(), self.chain.dir.path))
         record = state.marker(self.chain, stage)
         done = record["status"] == "done"
         if not done and not asked and (cause := self._lost(ended, record)):
@@ -123,9 +109,14 @@ class _Session:
         """Have a VM with the code; why there is none after all. Raises: InputError, EnvironmentProblem."""
         if self.prepared:
             return None
-        tpu_vm.ensure(self.vm)
+        try:
+            if tpu_vm.ensure(self.vm):
+                self.lease.theirs = False
+        except Exists:  # another launcher was faster
+            self.lease.theirs, self.lease.begun = True, False
+            raise
         archive = self.code.write(self.chain.dir.submitted)
-        print(f"{self.vm.name}: copying {len(self.code.names)} files, and setting up", flush=True)
+        say(f"{self.vm.name}: copying {len(self.code.names)} files, and setting up")
         for argv in tpu.preparation(self.vm, self.code, archive):
             if cause := self._command(stage, argv):
                 return cause
@@ -134,16 +125,19 @@ class _Session:
 
     def _command(self, stage: str, argv: Sequence[str]) -> str | None:
         """Run a command; the VM's fate if that made it fail. Raises: EnvironmentProblem if it did so by itself."""
-        if code := shown(argv, self._log(stage)).gcloud:
-            if gone := self._gone():
-                return gone
+
+        def attempt() -> str | None:
+            code = shown(argv, self._log(stage)).gcloud
+            if not code or (gone := self._gone()):
+                return gone if code else None
             raise EnvironmentProblem(f"{self.vm.name}: exit code {code}, see {self._log(stage)}: {shlex.join(argv)}")
-        return None
+
+        return self._patiently(attempt)
 
     def _set_aside(self, stage: str) -> None:
         """Keep what was done before beside it: in the store, here, and on a VM that was used before."""
-        aside = store.set_aside(self.chain, stage)
-        print(f"{stage}: what was done before is now in {aside}", flush=True)
+        aside = self._patiently(lambda: store.set_aside(self.chain, stage))
+        say(f"{stage}: what was done before is now in {aside}")
         if not self._prepare(stage):
             self._command(stage, self.vm.ssh(tpu.aside_command(self.chain, self.code, stage)))
 
@@ -153,8 +147,9 @@ class _Session:
 
         def ask() -> None:
             if asking:
+                self.lease.begun = True
                 raise KeyboardInterrupt
-            print(f"{step.stage}: asked to save its work and to end; ask again to give it up", flush=True)
+            say(f"{step.stage}: asked to save its work and to end; ask again to give it up")
             there = self.vm.ssh(tpu.stop_command(self.chain, self.code, step.stage))
             asking.append(start(there))
 
@@ -171,7 +166,7 @@ class _Session:
 
     def _gone(self) -> str | None:
         """What has become of the VM, if it is not there any more."""
-        now = tpu_vm.find(self.vm)
+        now = patiently(lambda: tpu_vm.find(self.vm))
         return None if now == "READY" else f"{self.vm.name} is {now or 'gone'}"
 
     def _lost(self, ended: Ended, record: Mapping[str, Any]) -> str | None:
@@ -180,6 +175,8 @@ class _Session:
             return gone
         if not ended.codes or (ended.gcloud and not ended.code):
             return f"the connection to {self.vm.name} is lost"
+        if ended.code == EnvironmentProblem.exit_code:
+            return f"{ended.cause or 'its machine failed'} (exit code {ended.code})"
         if ended.code >= 128:
             return f"its processes were killed (exit code {ended.code})"
         return record["cause"] if record["status"] == "preempted" and not ended.code else None

@@ -16,7 +16,9 @@ from jobs import tpu_remote
 from utils import stop
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, *stop.SIGNALS)
-ENDED = re.compile(tpu_remote.ENDED.format(r"(\d+)").encode())
+ENDED = re.compile(tpu_remote.ENDED.format(r"(\d+)"))
+REFUSED = re.compile(tpu_remote.REFUSED.format("(.*)"))
+CAUSE = re.compile(r"ERROR \d+: (.*)")
 
 
 class Ended(NamedTuple):
@@ -24,7 +26,9 @@ class Ended(NamedTuple):
 
     gcloud: int
     codes: Sequence[int]  # of the hosts that have said so, the earliest first
+    started: bool  # it has begun there
     followed: bool  # it was running there before
+    refused: str  # the other command that runs there
     cause: str  # the last that a program of ours said about its failure
 
     @property
@@ -34,24 +38,44 @@ class Ended(NamedTuple):
 
 
 def shown(argv: Sequence[str], log: Path) -> Ended:
-    """Run a command to its end; what it prints is shown and added to `log`. Ends it when interrupted."""
+    """Run a command to its end; what it prints is added to `log` and shown. Ends it when interrupted."""
     codes: list[int] = []
-    followed, cause = False, ""
+    started, followed, refused, cause = False, False, "", ""
     with open(log, "ab") as noted, start(argv, subprocess.PIPE) as process:
         assert process.stdout
         try:
             for line in process.stdout:
-                for file in (noted, sys.stdout.buffer):
-                    file.write(line)
-                    file.flush()
-                codes += map(int, ENDED.findall(line))
-                followed |= tpu_remote.FOLLOWED.encode() in line
-                if match := re.search(rb"ERROR \d+: (.*)", line):
-                    cause = match[1].decode(errors="replace")
+                noted.write(line)
+                noted.flush()
+                with terminal():
+                    if sys.stdout:
+                        sys.stdout.buffer.write(line)
+                        sys.stdout.buffer.flush()
+                text = line.decode(errors="replace")
+                codes += map(int, ENDED.findall(text))
+                started |= tpu_remote.STARTED in text
+                followed |= tpu_remote.FOLLOWED in text
+                refused = next(iter(REFUSED.findall(text)), refused)
+                cause = next(iter(CAUSE.findall(text)), cause)
         except BaseException:
             end(process)
             raise
-    return Ended(process.returncode, codes, followed, cause)
+    return Ended(process.returncode, codes, started, followed, refused, cause)
+
+
+def say(text: str) -> None:
+    """Print a line. Whatever this program has in hand goes on without a terminal."""
+    with terminal():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Write to the terminal; where it is gone, nowhere from then on."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def start(argv: Sequence[str], output: int | None = None) -> subprocess.Popen[bytes]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-import subprocess
 import time
 from dataclasses import dataclass
 
 from jobs.stages import Chain
 from jobs.tpu_config import Tpu
+from jobs.tpu_gcloud import POLL, Missing, Unreachable, call, patiently
+from jobs.tpu_shown import say
 from utils.errors import EnvironmentProblem, InputError
 
-POLL = 30.0  # seconds between two questions about a VM that is not ready
-TELL = 20  # so many of them are one line, unless the state changes
+TELL = 20  # so many questions about a VM that is not ready are one line, unless the state changes
 HOURS = 6  # to wait for a VM: in Google's queue, or until its zone has room
-LONGEST = 3600  # seconds one gcloud command may take; creating a large slice is slow
-DELETIONS = 5  # tries: a VM that is still being created may refuse the first
+KEEPALIVE = ("ServerAliveInterval=30", "ServerAliveCountMax=10")  # else a dead connection looks like a silent stage
+REMOVED = "REMOVED"  # not Google's word: a request that is ACTIVE, and its VM is not there
 # Such a VM never becomes READY again (a stopped one not by itself); those of the last line are a queued request's.
-ENDED = {"PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN"} | {"FAILED", "SUSPENDED"}
+ENDED = {"PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN"} | {"FAILED", "SUSPENDED", REMOVED}
 FULL = r"no more capacity|not enough resources|insufficient capacity|RESOURCE_EXHAUSTED"
-LOGIN = r"auth login|auth tokens|UNAUTHENTICATED|Reauthentication"
-
-
-class Missing(EnvironmentProblem):
-    """gcloud knows nothing of that name."""
 
 
 def identity(chain: Chain) -> str:
@@ -80,48 +76,36 @@ class Vm:
 
     def ssh(self, command: str) -> list[str]:
         """Run one string by the shell of each host, in the home directory."""
-        return self._gcloud("tpu-vm", "ssh", self.name, "--worker=all", f"--command={command}")
-
-
-def call(argv: list[str]) -> str:
-    """The output of a gcloud command. Raises: Missing, EnvironmentProblem, in its words."""
-    what = " ".join(argv[3:6])
-    try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=LONGEST,
-            start_new_session=True, check=False,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise EnvironmentProblem("gcloud: no such program; install the Google Cloud CLI, then `gcloud init`") from None
-    except subprocess.TimeoutExpired:
-        raise EnvironmentProblem(f"gcloud {what}: no answer in {LONGEST} s") from None
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        if "NOT_FOUND" in said:
-            raise Missing(said)
-        if re.search(LOGIN, said):
-            raise EnvironmentProblem(f"gcloud is not logged in: run `gcloud auth login`, then the same again ({said})")
-        raise EnvironmentProblem(f"gcloud {what}: {said}")
-    return done.stdout.strip()
+        flags = [f"--ssh-flag=-o{option}" for option in KEEPALIVE]
+        return self._gcloud("tpu-vm", "ssh", self.name, "--worker=all", *flags, f"--command={command}")
 
 
 def find(vm: Vm) -> str | None:
     """The VM's state, READY or another of Google's words, or that of the request for it; None if there is neither."""
-    for question in vm.describe():
-        try:
-            return call(question)
-        except Missing:
-            pass
-    return None
+    here, *request = vm.describe()
+    state = _state(here)
+    if state is None and request:
+        state = _state(request[0])
+        if state == "ACTIVE":
+            time.sleep(POLL)  # the VM may have come between the two questions
+            state = _state(here) or REMOVED
+    return state
 
 
-def ensure(vm: Vm) -> None:
-    """Return once the VM is READY: as it is there, or created, in place of one that was taken away.
+def _state(question: list[str]) -> str | None:
+    try:
+        return call(question)
+    except Missing:
+        return None
+
+
+def ensure(vm: Vm) -> bool:
+    """Return once the VM is READY: as it is there, or created, in place of one that was taken away; whether created.
 
     Raises: EnvironmentProblem when it is not in HOURS; for a VM that is not ours also when it is not there to wait for.
     """
-    end, polls, told = time.monotonic() + HOURS * 3600, 0, ""
-    while (state := find(vm)) != "READY":
+    end, polls, told, made = time.monotonic() + HOURS * 3600, 0, "", False
+    while (state := patiently(lambda: find(vm))) != "READY":
         why = state or "requested"
         if time.monotonic() > end:
             raise EnvironmentProblem(f"{vm.name}: not READY in {HOURS} h ({why}); the same command goes on waiting")
@@ -130,33 +114,33 @@ def ensure(vm: Vm) -> None:
         if not vm.ours and state in ENDED:
             raise EnvironmentProblem(f"{vm.name} is {state}; it is not the launcher's to replace (tpu.name): do so")
         if state in ENDED:
-            print(f"{vm.name} is {state}: deleting it", flush=True)
+            say(f"{vm.name} is {state}: deleting it")
             delete(vm)
             continue
         if state is None:
-            print(f"{vm.name}: asking for a {vm.tpu.accelerator} in {vm.tpu.zone}", flush=True)
+            say(f"{vm.name}: asking for a {vm.tpu.accelerator} in {vm.tpu.zone}")
+            made = True
             try:
                 call(vm.create())
                 continue
+            except Unreachable:
+                why = "Google cannot be reached"
             except EnvironmentProblem as error:
                 if not re.search(FULL, str(error), re.IGNORECASE) or "quota" in str(error).lower():
                     raise
                 why = f"{vm.tpu.zone} has no room"
         if why != told or polls % TELL == 0:
-            print(f"{vm.name}: waiting, {why}", flush=True)
+            say(f"{vm.name}: waiting, {why}")
         polls, told = polls + 1, why
         time.sleep(POLL)
+    return made
 
 
 def delete(vm: Vm) -> None:
     """Delete the VM, if it is there. Raises: EnvironmentProblem when that fails again and again."""
-    for left in reversed(range(DELETIONS)):
-        try:
-            call(vm.delete())
-            return
-        except Missing:
-            return
-        except EnvironmentProblem:
-            if not left:
-                raise
-            time.sleep(POLL)
+    patiently(lambda: _delete(vm))  # one that is still being created may refuse
+
+
+def _delete(vm: Vm) -> None:
+    with contextlib.suppress(Missing):
+        call(vm.delete())

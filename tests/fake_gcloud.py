@@ -76,6 +76,15 @@ class Google:
         self.kill()
         shutil.rmtree(self.disk)
 
+    def cut(self) -> None:
+        """End every connection to a VM; what runs there goes on."""
+        folder, verb = str(self.folder), "ssh"
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (directory / "cmdline").read_text().split("\0")
+                if words[2:3] == [folder] and verb in words:
+                    os.kill(int(directory.name), signal.SIGKILL)
+
     def kill(self, module: str = "") -> None:
         """End every process that was started on the VM, or those of one Python module."""
         mark = f"RELAY_FAKE_VM={self.folder}".encode()
@@ -104,6 +113,7 @@ def main(google: Google, argv: list[str]) -> None:
         parser.add_argument(f"--{flag}")
     for flag in ("runtime-version", "valid-until-duration"):
         parser.add_argument(f"--{flag}")
+    parser.add_argument("--ssh-flag", action="append")
     for flag in ("quiet", "spot", "force"):
         parser.add_argument(f"--{flag}", action="store_true")
     given = parser.parse_args(argv)
@@ -192,6 +202,8 @@ def _ssh(google: Google, _: str, given: argparse.Namespace) -> None:
     (name,) = given.things
     _need(google, name)
     assert given.worker == "all"
+    assert given.ssh_flag == ["-oServerAliveInterval=30", "-oServerAliveCountMax=10"]
+    print("SSH: Attempting to connect to worker 0...", file=sys.stderr, flush=True)
     theirs = ("PATH", "LANG", "STORAGE_EMULATOR_HOST", "PJRT_DEVICE", "XLA_FLAGS")
     environ = {key: os.environ[key] for key in theirs if key in os.environ}
     environ |= {"HOME": str(google.disk), "RELAY_FAKE_VM": str(google.folder), "OMP_NUM_THREADS": "1"}

@@ -173,6 +173,8 @@ def test_the_flags_of_a_vm(spot: bool) -> None:
     vm = Vm("name", type(chain.tpu)(zone="z", accelerator="v4-8", version="v", spot=spot))
     flags = ["--accelerator-type=v4-8", "--version=v", *(["--spot"] if spot else [])]
     assert vm.create() == ["gcloud", "compute", "tpus", "tpu-vm", "create", "name", *flags, "--zone=z", "--quiet"]
+    alive = ["--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=10"]
+    assert vm.ssh("ls")[6:] == ["--worker=all", *alive, "--command=ls", "--zone=z", "--quiet"]
 
 
 def test_the_code_needs_git_to_say_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
