@@ -45,8 +45,10 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 install-tpu: $(TPU)/.installed
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# Debian and Ubuntu leave out what a new environment needs; begun without it, it would be taken for whole next time.
+$(VENV)/bin/python $(TPU)/bin/python:
+	@$(PYTHON) -c 'import ensurepip' || { echo '$(PYTHON) makes no environments: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
 $(VENV)/.installed: setup.py constraints.txt constraints-common.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -55,9 +57,6 @@ $(VENV)/.installed: setup.py constraints.txt constraints-common.txt | $(VENV)/bi
 $(VENV)/.installed-dev: setup.py constraints.txt constraints-common.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed
-
-$(TPU)/bin/python:
-	$(PYTHON) -m venv $(TPU)
 
 $(TPU)/.installed: setup.py constraints-tpu.txt constraints-common.txt | $(TPU)/bin/python
 	$(TPU)/bin/pip install -q -c constraints-tpu.txt -e '.[tpu]'

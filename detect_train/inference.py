@@ -20,6 +20,7 @@ from utils import coco, dist, loader, log, stop
 from utils.device import autocast, off_xla
 from utils.errors import DivergedError, Stopped
 from utils.labels import LabelIndex
+from utils.shared_config import COMPILING
 
 LOG_EVERY = 100  # batches
 
@@ -96,8 +97,8 @@ def _rows(ids: list[int], found: list[dict[str, torch.Tensor]], device: torch.de
 
 
 def _common(device: torch.device) -> torch.device:
-    """Where ranks put tables together. XLA's on the host: each length would be a graph to compile."""
-    return torch.device("cpu") if device.type == "xla" else device
+    """Where ranks put tables together. On the host for what compiles: each length would be another graph."""
+    return torch.device("cpu") if device.type in COMPILING else device
 
 
 def measure(

@@ -81,7 +81,7 @@ def train(
     same_round: bool,
 ) -> TrainState:
     """Train to the round's last epoch from `saved`, or from a backbone; a checkpoint after each epoch."""
-    if cfg.model.norm == "sync" and device.type in ("cpu", "xla") and dist.size() > 1:
+    if cfg.model.norm == "sync" and device.type != "cuda" and dist.size() > 1:
         raise InputError(f"model.norm=sync: on {device.type} only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)

@@ -14,7 +14,7 @@ from jobs.after import silent_end
 from jobs.plan import Step
 from jobs.stages import Chain
 from utils import env, mirror_views, stop
-from utils.errors import RelayError, Stopped
+from utils.errors import InputError, RelayError, Stopped
 from utils.paths import ROOT
 
 
@@ -27,10 +27,15 @@ class StageFailed(RelayError):
 
 
 def command(chain: Chain, step: Step, ranks: int) -> list[str]:
-    """The command line of one stage: one process, or torchrun."""
+    """The command line of one stage: one process, torchrun, or a process for each of this machine's chips.
+
+    Raises: InputError.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     words = chain.worker_words(step.stage, step.words)
-    if step.config.get("device") == "xla":  # a process for each of this machine's chips
+    if step.config.get("device") == "xla":
+        if ranks > 1:
+            raise InputError(f"{step.stage}: --ranks {ranks}: device=xla has a rank for each chip; leave out --ranks")
         return [sys.executable, "-m", "utils.xla_run", "-m", "jobs.worker", *words]
     return [sys.executable, *(torchrun if ranks > 1 else []), "-m", "jobs.worker", *words]
 
@@ -38,8 +43,11 @@ def command(chain: Chain, step: Step, ranks: int) -> list[str]:
 def run(chain: Chain, steps: Sequence[Step], ranks: int, debug: bool) -> None:
     """Run the steps of a plan; with `debug` inside this process.
 
-    Raises: StageFailed; Stopped by a signal, with the stage's work saved; with `debug` what the stage raises.
+    Raises: InputError; StageFailed; Stopped by a signal, with the stage's work saved; with `debug` what the stage
+    raises.
     """
+    # all at once: one that cannot be started is refused before another is begun
+    commands = {step.stage: command(chain, step, ranks) for step in steps if step.action != "skip"}
     for step in steps:
         if step.action == "skip":
             print(f"{step.stage}: done already, skipped", flush=True)
@@ -51,7 +59,7 @@ def run(chain: Chain, steps: Sequence[Step], ranks: int, debug: bool) -> None:
         if debug:
             worker.run(chain, step.stage, step.words)
             continue
-        with subprocess.Popen(command(chain, step, ranks), cwd=ROOT) as process, _passing_on_to(process):
+        with subprocess.Popen(commands[step.stage], cwd=ROOT) as process, _passing_on_to(process):
             code = process.wait()
         record = state.marker(chain, step.stage)
         if code or record["status"] == "preempted":

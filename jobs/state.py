@@ -133,9 +133,10 @@ def wait_until_running(chain: Chain, stage: str) -> None:
 
 
 def is_ours(record: Mapping[str, Any]) -> bool:
-    """Whether a marker is of this process's attempt."""
-    attempt = env.job_id(), env.step_id(), env.restarts()
-    return (record.get("job_id"), record.get("step"), record.get("restarts")) == attempt
+    """Whether a marker is of this process's attempt; without Slurm that has an id on its own host only."""
+    here = env.in_slurm() or record.get("host") == socket.gethostname()
+    attempt = env.in_slurm(), env.job_id(), env.step_id(), env.restarts()
+    return here and tuple(record.get(key) for key in ("slurm", "job_id", "step", "restarts")) == attempt
 
 
 def update(chain: Chain, stage: str, **values: Any) -> None:

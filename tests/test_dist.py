@@ -9,9 +9,12 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests.gcs_server import Fault, Server, gcs
 from tests.ranks import run, torchrun
-from utils import files
+from utils import files, manifest
 from utils.paths import RunDir
+
+__all__ = ["gcs"]  # a fixture
 
 PROGRAM = """
 import sys
@@ -129,3 +132,39 @@ def test_ranks_save_together_and_once_when_it_is_time(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # every second step: one to ask for it; and after each epoch of three
     assert "rank 0 saved at [2, 3, 5, 6]" in done.stdout and "rank 1 saved at []" in done.stdout
+
+
+UPLOADS = """
+import sys
+from pathlib import Path
+from tests import test_engine
+from utils import dist
+from utils.errors import EnvironmentProblem
+from utils.paths import RunDir
+run = RunDir(Path(sys.argv[1]), sys.argv[2])
+with dist.session("cpu", run, timeout=8):
+    try:
+        test_engine.train(test_engine.new_state(), run.path, 1)
+    except EnvironmentProblem as error:
+        print(f"rank {dist.rank()}: {error}", flush=True)
+        raise
+"""
+URL = "gs://bucket/relay/mine/r1"
+
+
+def test_an_upload_may_take_longer_than_ranks_wait_for_each_other(gcs: Server, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(UPLOADS)
+    gcs.faults = [Fault("write", r".*\.pth", first=1, seconds=12)]
+    done = torchrun(2, tmp_path / "program.py", tmp_path / "run", URL)
+    assert done.returncode == 0, done.stderr
+    saved = re.search(r"checkpoint_0000.pth saved in ([\d.]+) s", done.stdout)
+    assert saved and float(saved[1]) > 12
+    assert "checkpoints/checkpoint_0000.pth" in manifest.newest(URL).files
+
+
+def test_an_upload_that_fails_ends_every_rank_with_its_cause(gcs: Server, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(UPLOADS)
+    gcs.faults = [Fault("write", r".*\.pth", status=403)]
+    done = torchrun(2, tmp_path / "program.py", tmp_path / "run", URL)
+    assert done.returncode != 0
+    assert sorted(re.findall(r"rank (\d): .*403", done.stdout)) == ["0", "1"], done.stdout + done.stderr

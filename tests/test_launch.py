@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,19 @@ def test_two_ranks_here_are_torchrun(here: Checkout) -> None:
     done = here.local("--only", "pretrain", "--ranks", "2", "ranks=meet")
     assert done.returncode == 0, done.stdout
     assert '"size": 2' in (here.root / "runs/standin/pretrain/ranks.json").read_text()
+
+
+def test_ranks_on_xla_are_refused_not_ignored(here: Checkout) -> None:
+    """It has one for each chip."""
+    config = here.root / "tests/standin/config.py"
+    config.write_text(config.read_text().replace("workers: int = 0", 'workers: int = 0\n    device: str = "cpu"'))
+    for words in (["r1.device=xla"], ["--device", "xla"], ["r1.device=xla", "--dry-run"]):
+        refused = here.local("--chain", "--ranks", "2", *words)
+        assert refused.returncode == 2
+        assert re.search(r"ERROR 2: (r1|pretrain): --ranks 2: device=xla has a rank for each chip", refused.stdout)
+    assert not (here.root / "runs/standin/pretrain").exists()
+    shown = here.local("--chain", "--dry-run", "--device", "xla")
+    assert (shown.returncode, "-m utils.xla_run -m jobs.worker r1 " in shown.stdout) == (0, True)
 
 
 def test_the_launcher_may_be_called_from_anywhere(here: Checkout, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import state
 from tests import disks
 from tests.checkout import Checkout
 from utils import files
@@ -167,3 +168,14 @@ def test_what_is_made_is_ours_alone_whatever_the_umask(here: Checkout, umask: in
     assert [run.returncode for run in done] == [0, 0], done
     folders = ["standin", "standin/pretrain", "standin/eval", "other", "other/pretrain"]
     assert {(here.root / "runs" / folder).stat().st_mode & 0o777 for folder in folders} == {0o700}
+
+
+def test_a_process_of_another_host_with_the_same_id_is_not_this_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    marker = {"slurm": False, "job_id": str(os.getpid()), "step": "0", "restarts": 0, "host": socket.gethostname()}
+    assert state.is_ours(marker)
+    assert not state.is_ours({**marker, "host": "elsewhere"})
+    assert not state.is_ours({**marker, "slurm": True})  # a job with that number
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    assert state.is_ours({**marker, "slurm": True, "host": "elsewhere"})  # ranks of one job are on several

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 
 from tests import ranks
 from tests.test_ssl_train import write_images
-from utils import checkpoint, checkpoint_files
+from utils import checkpoint, checkpoint_files, device, env
+from utils.compiles import WatchCompiles
+from utils.engine import TrainState
+from utils.errors import RelayError
 from utils.paths import RunDir
 
 pytest.importorskip("torch_xla", reason="needs torch_xla: make test-tpu runs it in .venv-tpu")
@@ -65,6 +70,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     output = pretrain(XLA_RUN, run, data, 2, "device=xla")
     assert "XLA CPU" in output
     return run
+
+
+def test_reports_name_the_device() -> None:
+    assert device.describe(device.pick("xla", env.world())) == "XLA CPU"
 
 
 def test_losses_equal_those_of_plain_torch(tmp_path: Path, data: Path, whole: Path) -> None:
@@ -127,3 +136,51 @@ def test_exit_code_of_a_rank_is_that_of_the_launcher(tmp_path: Path, data: Path)
     ended = ranks.run(argv, {"PJRT_DEVICE": "CPU"}, timeout=900)
     assert ended.returncode == 2
     assert "0.png" in ended.stderr
+
+
+@pytest.mark.parametrize(("every", "steps", "last"), [(1, 12, 9), (5, 60, 41), (5, 40, None)])
+def test_a_count_of_graphs_that_keeps_growing_is_an_error(every: int, steps: int, last: int | None) -> None:
+    """Also when most steps have a graph already."""
+    watch, state = WatchCompiles(), TrainState(torch.nn.Identity(), torch.optim.SGD([torch.zeros(1)]))
+    chip, side = device.pick("xla", env.world()), 1000 * steps + every  # no shape of another case
+    endless = pytest.raises(RelayError, match=f"does not settle.* {last}: a shape") if last else nullcontext()
+    with endless:
+        for step in range(steps):
+            grown = torch.zeros(side + step // every, device=chip)
+            grown += 1
+            device.off_xla(grown)
+            state.step += 1
+            watch.after_step(state, {})
+    assert state.step == (last or steps)
+
+
+IDLE = """
+import os, signal, sys
+print("rank", os.getpid(), flush=True)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+while True:
+    signal.sigwait([signal.SIGTERM, signal.SIGUSR1])
+"""
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "idle.py").write_text(IDLE)
+    environ = ranks.environment({"PJRT_DEVICE": "CPU"})
+    environ["PYTHONPATH"] += f":{tmp_path}"
+    with subprocess.Popen([*XLA_RUN, "-m", "idle"], env=environ, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout
+        pid = int(next(line for line in launcher.stdout if line.startswith("rank")).split()[1])
+        rank = os.pidfd_open(pid)
+        launcher.kill()
+        try:
+            assert select.select([rank], [], [], 60)[0], "it is there still"
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(rank, signal.SIGKILL)
+            os.close(rank)
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_before_a_step(tmp_path: Path, data: Path) -> None:
+    ended = ranks.torchrun(2, *command(tmp_path, data, 1, "device=xla", "batch_size=7"))
+    assert ended.stderr.count("ERROR 2: batch_size=7 does not divide by 2 ranks; use a multiple of them\n") >= 1
+    assert "saved" not in ended.stdout and "XLA has compiled" not in ended.stdout

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import checkpoint_files, dist, files, log, mirror, run_lock, startup
+from utils import checkpoint_files, dist, files, log, run_lock, startup
 from utils.checkpoint_files import BEST
 from utils.device import kind_of, off_xla
 from utils.errors import InputError
@@ -97,8 +97,8 @@ def file_name(content: Mapping[str, Any]) -> str:
 def save(run_dir: RunDir, content: Mapping[str, Any]) -> Path:
     """Write a checkpoint atomically, its hash beside it; keep the newest two and, as `best.pth`, the best.
 
-    Raises: EnvironmentProblem when the disk is full or read-only, the run is another attempt's by now, or the bucket
-    that keeps it does not answer; what was there before is whole then.
+    Raises: EnvironmentProblem when the disk is full or read-only, or the run is another attempt's by now; what was
+    there before is whole then.
     """
     path = run_dir.checkpoints / file_name(content)
 
@@ -110,7 +110,6 @@ def save(run_dir: RunDir, content: Mapping[str, Any]) -> Path:
     if content["is_best"]:
         adopt(path, run_dir.checkpoints / BEST)
     checkpoint_files.prune(run_dir.checkpoints)
-    mirror.push(run_dir)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +13,7 @@ from utils.hooks import Hook
 if TYPE_CHECKING:
     from utils.engine import TrainState
 
-RECENT = 10  # steps that are looked at
-MOST = 6  # of them may compile: the first two always do, and those after a change of what is trained
+MOST = 8  # steps that may compile: the first two always do, and one or two after a change of what is trained
 
 
 class WatchCompiles(Hook):
@@ -23,19 +21,19 @@ class WatchCompiles(Hook):
 
     def __init__(self) -> None:
         self.count = device.compiles()
-        self.grew: deque[bool] = deque(maxlen=RECENT)
+        self.compiled: list[int] = []  # the steps that did
 
     def before_epoch(self, state: TrainState) -> None:
         self.count = device.compiles()  # validation and saving may have theirs
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
         count = device.compiles()
-        self.grew.append(count > self.count)
         if count > self.count:
             log.info(f"step {state.step}: XLA has compiled {count} graphs")
+            self.compiled.append(state.step)
         self.count = count
-        if sum(self.grew) > MOST:
+        if len(self.compiled) > MOST:
             raise RelayError(
-                f"XLA compiles in nearly every step, {sum(self.grew)} of the last {len(self.grew)} up to {state.step}: "
+                f"XLA does not settle, it has compiled in steps {', '.join(map(str, self.compiled))}: "
                 "a shape, or a Python number that becomes part of the graph, changes with the data"
             )

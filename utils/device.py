@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from utils.env import World
 from utils.errors import EnvironmentProblem
-from utils.shared_config import DeviceName, Precision
+from utils.shared_config import COMPILING, DeviceName, Precision
 
 Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
@@ -63,9 +63,9 @@ def _torch_tpu(local_rank: int) -> torch.device:
 def place(model: Module, device: torch.device) -> Module:
     """`model` on `device`, the weights of convolutions in channels_last: the faster format for float32 and bf16.
 
-    XLA lays out its memory itself.
+    What compiles lays out its memory itself.
     """
-    if device.type == "xla":
+    if device.type in COMPILING:
         return model.to(device)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
@@ -85,6 +85,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
         return precision
     if device.type == "xla":
         native = _xla().computes_in_bf16()
+    elif device.type == "tpu":
+        native = True
     elif device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -107,7 +109,7 @@ def seed(number: int, device: torch.device) -> None:
 
 
 def step(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Step with the gradients averaged over ranks, by now on CPU and CUDA, here on XLA."""
+    """Step with the gradients averaged over ranks: here on XLA, elsewhere they are by now."""
     if device.type == "xla":
         _xla().step(optimizer)
     else:
@@ -149,16 +151,20 @@ def compiles() -> int:
 
 
 def off_xla(values: Any) -> Any:
-    """`values`, nested, with XLA's tensors copied to the CPU: to compute with them there would be another graph."""
+    """`values`, nested, with tensors of XLA and torch-tpu copied to the CPU: to compute with them there would be
+    another graph, and what is saved is read where there is no such device.
+    """
     if any(isinstance(one, torch.Tensor) and one.device.type == "xla" for one in pytree.tree_leaves(values)):
         _xla().sync()  # all at once; copied one by one, each would be a graph of its own
-    return pytree.tree_map_only(torch.Tensor, lambda one: one.cpu() if one.device.type == "xla" else one, values)
+    return pytree.tree_map_only(torch.Tensor, lambda one: one.cpu() if one.device.type in COMPILING else one, values)
 
 
 def kind_of(device: torch.device) -> str:
     """What computes: other hardware gives other last digits."""
     if device.type == "xla":
         return _xla().kind()
+    if device.type == "tpu":
+        return f"torch-tpu {torch.get_device_module(device).get_device_name(device)}"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {torch.backends.cpu.get_cpu_capability()}"

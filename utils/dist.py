@@ -32,7 +32,7 @@ def session(
 
     No other run writes to `run_dir` meanwhile, and signals that ask for the end are noted (`utils.stop`).
     This rank's `workers` loader processes get cores of their own: on the CPU sharing costs several times as much.
-    `timeout`, in seconds, is longer than any step, validation pass or save; a stopped rank ends the others then.
+    `timeout`, in seconds, is longer than any step, validation pass or local save; a rank that hangs ends the others.
 
     Raises: EnvironmentProblem when the ranks cannot find each other, lose one, or the device is not there;
     InputError when the directory is another run's.
@@ -170,7 +170,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise mean over ranks; of XLA's values it is on the CPU, where no other graph is compiled for it."""
+    """Elementwise mean over ranks; of what `off_xla` copies it is on the CPU."""
     values = off_xla(values)
     if size() > 1:
         values = values.clone()
@@ -182,7 +182,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 def broadcast(values: torch.Tensor) -> torch.Tensor:
     """Rank 0's values on every rank, in place."""
     if size() > 1:
-        dist.broadcast(shared := off_xla(values), src=0)
+        dist.broadcast(shared := off_xla(values), 0, _host_group if shared.device.type == "cpu" else None)
         values.copy_(shared)
     return values
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils import checkpoint, dist, log, startup, stop
+from utils import checkpoint, dist, log, startup, stop, upload
 from utils.device import off_xla
 from utils.errors import DivergedError, Stopped
 from utils.metrics import MetricsWriter
@@ -167,13 +167,13 @@ class SaveCheckpoints(Hook):
         self.metrics.fetch(state)
         self.metrics.check_weights(state)
         began = time.monotonic()
-        if dist.rank() == 0:
-            path = checkpoint.save(self.run_dir, self.payload(state))
+        path = checkpoint.save(self.run_dir, self.payload(state)) if dist.rank() == 0 else None
+        upload.push(self.run_dir)
+        if path:
             seconds, between = time.monotonic() - began, began - self.saved_at
             log.info(f"{path.name} saved in {seconds:.2f} s")
             if seconds > LONG_SAVE * between and between > 60:
                 log.warning(f"that is {seconds / between:.0%} of the time since the one before: save less often?")
-        dist.barrier()
         self.saved_at, self.asked, self.just_saved = time.monotonic(), False, True
 
 

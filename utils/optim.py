@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from utils.shared_config import COMPILING
+
 Schedule = Callable[[int, int], float]  # (epoch, step) -> learning rate
 
 
 def sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD over the parameters that are trained, in one pass over each; XLA fuses a step as a whole anyway."""
+    """SGD over the parameters that are trained, in one pass over each; what compiles fuses a step anyway."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = trained[0].device.type != "xla"
+    fused = trained[0].device.type not in COMPILING
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
     optimizer.register_load_state_dict_post_hook(_lay_out)
     return optimizer

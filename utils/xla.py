@@ -68,9 +68,9 @@ def variables(port: int) -> dict[str, str]:
 
 
 def kind() -> str:
-    """What computes, such as `XLA TPU v4`."""
-    version = xr.global_runtime_device_attributes()[0].get("device_kind", "")
-    return f"XLA {xr.device_type()} {version}".strip()
+    """What computes, such as `XLA TPU v4`; the CPU's own name for itself is `cpu`."""
+    kind = xm.xla_device_kind()
+    return f"XLA {kind.upper() if kind == 'cpu' else kind}"
 
 
 def computes_in_bf16() -> bool:

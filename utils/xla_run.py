@@ -3,11 +3,13 @@
     python -m utils.xla_run -m ssl_train.train device=xla --run-dir ... --dataset-root ...
 
 On a slice of several hosts the same command on each of them. The ranks get torchrun's variables; the first that fails
-ends all, and its exit code is that of the whole. Signals that ask for the end are passed on to every rank.
+ends all, and its exit code is that of the whole. Signals that ask for the end are passed on to every rank. Of a
+launcher that is killed the ranks die too: else they would keep the chips.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -27,7 +29,19 @@ from utils.errors import InputError, cli
 KILLED = 137  # of a rank that left no exit code
 ASKS = signal.SIGUSR1  # a rank to end; TERM ends it at once, which is how the pool ends those that wait for a lost one
 
+LAUNCHER = "RELAY_XLA_LAUNCHER"  # its process id, for its ranks
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when its launcher ends, however that does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it has ended before
+        os._exit(KILLED)
+
+
 if __name__ == "__mp_main__":  # a rank; torch_xla runs its program in another thread, which may not do this
+    die_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal, to all: the launcher of the ranks passes it on
     stop.note((ASKS,))
 
@@ -56,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"python -m utils.xla_run -m MODULE [WORDS...], not {' '.join(words) or 'without words'}")
     for number in (signal.SIGINT, *stop.SIGNALS):
         signal.signal(number, _pass_on)
+    os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory() as failed:
         try:
             device.launch_xla(rank, (words[1], words[2:], _free_port(), failed))
