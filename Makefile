@@ -8,6 +8,8 @@ FAULTS ?= 40
 BENCH ?=
 # Test files run side by side: many wait for daemons most of the time. Threads that wait must not spin meanwhile.
 TOGETHER ?= 3
+XLA_TESTS := $(wildcard tests/test_*xla*.py)
+TPU_TESTS := $(XLA_TESTS) $(wildcard $(patsubst %,tests/test_%*.py,storage object remote_archive mirror tpu))
 
 .PHONY: demo test test-tpu check bench chaos cluster-up cluster-down install install-dev install-tpu
 
@@ -18,10 +20,10 @@ demo: install
 test: install-dev check
 	$(BIN)/python -m tests.cluster install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder
-	$(MAKE) test-tpu
+	$(MAKE) test-tpu TPU_TESTS="$(XLA_TESTS)" # the others have just run, in $(VENV)
 
-test-tpu: $(TPU)/.installed-test # what needs torch_xla, on XLA's CPU device
-	PJRT_DEVICE=CPU OMP_WAIT_POLICY=PASSIVE $(TPU)/bin/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_*xla*.py)
+test-tpu: $(TPU)/.installed-test # all of the TPU path, on XLA's CPU device
+	PJRT_DEVICE=CPU OMP_WAIT_POLICY=PASSIVE $(TPU)/bin/python -m pytest -n 2 --dist loadfile $(TPU_TESTS)
 
 check: install-dev
 	$(BIN)/ruff check .
