@@ -17,7 +17,7 @@ from detect_train import reading
 from detect_train.data import Example
 from detect_train.targets import to_device
 from utils import coco, dist, loader, log, stop
-from utils.device import autocast, off_xla
+from utils.device import autocast, on_host
 from utils.errors import DivergedError, Stopped
 from utils.labels import LabelIndex
 from utils.shared_config import COMPILING
@@ -65,7 +65,7 @@ def predict(
         for done, given in enumerate(loader.start(data, device), start=1):
             with autocast(device, precision):
                 outputs = model(to_device(given.images, device))
-            outputs, _ = off_xla((outputs, finite))  # both: else each batch's is the next one's to compute again
+            outputs, _ = on_host((outputs, finite))  # both: else each batch's is the next one's to compute again
             ids += given.ids
             found += reader.detections(outputs, given.sizes)
             if done % LOG_EVERY == 0:

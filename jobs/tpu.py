@@ -60,15 +60,19 @@ def preparation(vm: Vm, code: Code, archive: Path) -> list[list[str]]:
     return [vm.scp(str(archive), code.archive), vm.ssh(unpack(code))]
 
 
-def stage_command(chain: Chain, code: Code, step: Step) -> str:
-    """What each host of the VM runs: the stage's worker, once for each of its chips."""
-    there = replace(chain, file=chain.file.relative_to(ROOT))
-    worker = [PYTHON, "-m", "utils.xla_run", "-m", "jobs.worker", *there.worker_words(step.stage, step.words)]
-    return joined(["cd", code.folder], [*_remote(chain, "run", step.stage), *worker])
+def stage_command(chain: Chain, code: Code, step: Step, verb: str = "run") -> str:
+    """What each host of the VM runs: the stage's worker, once for each of its chips, by a verb of jobs/tpu_remote.py."""
+    return joined(["cd", code.folder], [*_remote(chain, verb, step.stage), *_worker(chain, step)])
 
 
 def stop_command(chain: Chain, code: Code, stage: str) -> str:
+    """End the stage, by whatever command it runs."""
     return joined(["cd", code.folder], _remote(chain, "stop", stage))
+
+
+def _worker(chain: Chain, step: Step) -> list[str]:
+    there = replace(chain, file=chain.file.relative_to(ROOT))
+    return [PYTHON, "-m", "utils.xla_run", "-m", "jobs.worker", *there.worker_words(step.stage, step.words)]
 
 
 def _remote(chain: Chain, verb: str, stage: str) -> list[str]:

@@ -1,7 +1,8 @@
 """On a TPU VM: the processes of one stage, which outlive the connection that started them. Needs no package.
 
     python3 -m jobs.tpu_remote run CHAIN STAGE COMMAND...  # start it, unless it runs; show what it prints; end like it
-    python3 -m jobs.tpu_remote stop CHAIN STAGE            # ask it to save its work and to end
+    python3 -m jobs.tpu_remote stop CHAIN STAGE [COMMAND]  # ask it to save its work and to end
+    python3 -m jobs.tpu_remote end CHAIN STAGE COMMAND...  # both: ask it to end, and show what it prints until it has
     python3 -m jobs.tpu_remote tidy                        # remove older copies of the code, if nothing runs
 
 A connection of many hours breaks, and gcloud then calls ssh with the same command again, up to ten times: the second
@@ -47,14 +48,19 @@ class Files:
         self.command = folder / f"{stage}.command"
 
 
-def run(files: Files, command: list[str]) -> int:
-    """Start the command unless it runs, follow it, and return its exit code; OTHER if the stage runs by another."""
+def run(files: Files, command: list[str], begin: bool = True) -> int:
+    """Start the command unless it runs, follow it, and return its exit code; OTHER if the stage runs by another.
+
+    Args:
+        begin: start it; else what has ended is as if it had ended now.
+    """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody listens any more: the stage does not mind
     with open(files.lock, "a") as lock:
-        begun = _locked(lock.fileno(), tries=5)  # others only look, for a moment
+        free = _locked(lock.fileno(), tries=5)  # others only look, for a moment
+        begun = free and begin
         if begun:
             _start(files, command, lock.fileno())
-        elif (other := files.command.read_text()) != shlex.join(command):
+        elif not free and (other := files.command.read_text()) != shlex.join(command):
             print(REFUSED.format(other), flush=True)
             return OTHER
         print(STARTED if begun else FOLLOWED, flush=True)
@@ -128,13 +134,18 @@ def _follow(files: Files, log: BinaryIO) -> None:
                 time.sleep(PAUSE)
 
 
-def ask_to_end(files: Files) -> None:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
+def ask_to_end(files: Files, command: list[str], patience: float = PATIENCE) -> None:
+    """Ask the stage, if it runs by that command; an empty one stands for any."""
+    end = time.monotonic() + patience
+    while True:
         with open(files.lock, "a") as lock:
             if not _locked(lock.fileno()) and files.pid.exists():
+                if command and files.command.read_text() != shlex.join(command):
+                    break
                 os.kill(int(files.pid.read_text()), signal.SIGTERM)
                 return
+        if time.monotonic() > end:
+            break
         time.sleep(PAUSE)
     print("nothing runs here", flush=True)
 
@@ -154,8 +165,11 @@ if __name__ == "__main__":
     verb, *rest = sys.argv[1:]
     if verb == "run":
         sys.exit(run(Files(*rest[:2]), rest[2:]))
+    if verb == "end":
+        ask_to_end(Files(*rest[:2]), rest[2:], patience=0)
+        sys.exit(run(Files(*rest[:2]), rest[2:], begin=False))
     if verb == "stop":
-        ask_to_end(Files(*rest))
+        ask_to_end(Files(*rest[:2]), rest[2:])
     if verb == "tidy":
         tidy()
     if verb == "keep":

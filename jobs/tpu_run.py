@@ -18,7 +18,7 @@ from jobs.tpu_gcloud import POLL, Exists, patiently
 from jobs.tpu_lease import Lease, lent
 from jobs.tpu_shown import Ended, end, handling, say, shown, start
 from jobs.tpu_vm import Vm
-from utils import mirror_views, paths
+from utils import manifest, mirror_views, paths
 from utils.errors import EnvironmentProblem, InputError, RelayError, Stopped
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class _Session:
     def __init__(self, chain: Chain, lease: Lease, code: Code) -> None:
         self.chain, self.lease, self.vm, self.code = chain, lease, lease.vm, code
         self.prepared = False  # the VM that there is now
+        self.asked = False  # to end, by a signal
 
     def complete(self, step: Step) -> None:
         """Run one stage until it is done. Raises: see `run`."""
@@ -86,21 +87,23 @@ class _Session:
         stage = step.stage
         if cause := self._prepare(stage):
             return cause, True
-        ended, asked = self._run_there(step)
+        ended = self._run_there(step)
         if ended.refused:
             stop = shlex.join(self.vm.ssh(tpu.stop_command(self.chain, self.code, stage)))
             other = f"{stage} runs on {self.vm.name} with another command: {ended.refused}"
             raise InputError(f"{other}; end its launcher with Ctrl-C, or if that is gone: {stop}")
-        self.lease.begun |= asked or ended.started or ended.followed
+        self.lease.begun |= ended.started or ended.followed
         self._patiently(lambda: mirror_views.pull_markers(self.chain.url(), self.chain.dir.path))
         record = state.marker(self.chain, stage)
         done = record["status"] == "done"
-        if not done and not asked and (cause := self._lost(ended, record)):
+        cause = None if done else self._lost(ended, record)
+        if self.asked and (done or record["status"] == "preempted" or (cause and self._gone())):
+            self.collect(stage)
+            raise Stopped(f"{stage}: {record.get('cause') or cause or 'done'}; the same command goes on from there")
+        if cause:
             self.prepared = False
             return cause, not ended.followed
         self.collect(stage)
-        if asked:
-            raise Stopped(f"{stage}: {record.get('cause') or record['status']}; the same command goes on from there")
         if not done:
             raise self._failure(stage, ended, record)
         return None
@@ -110,10 +113,9 @@ class _Session:
         if self.prepared:
             return None
         try:
-            if tpu_vm.ensure(self.vm):
-                self.lease.theirs = False
+            tpu_vm.ensure(self.vm, self.lease.making)
         except Exists:  # another launcher was faster
-            self.lease.theirs, self.lease.begun = True, False
+            self.lease.made = self.lease.begun = False
             raise
         archive = self.code.write(self.chain.dir.submitted)
         say(f"{self.vm.name}: copying {len(self.code.names)} files, and setting up")
@@ -141,25 +143,27 @@ class _Session:
         if not self._prepare(stage):
             self._command(stage, self.vm.ssh(tpu.aside_command(self.chain, self.code, stage)))
 
-    def _run_there(self, step: Step) -> tuple[Ended, bool]:
-        """Run the stage, or follow it where it runs; whether it was asked to end. Raises: KeyboardInterrupt."""
+    def _run_there(self, step: Step) -> Ended:
+        """Run the stage, or follow it where it runs; ask it to end when that is asked. Raises: KeyboardInterrupt."""
         asking: list[subprocess.Popen[bytes]] = []
 
+        def there(verb: str) -> list[str]:
+            return self.vm.ssh(tpu.stage_command(self.chain, self.code, step, verb))
+
         def ask() -> None:
-            if asking:
-                self.lease.begun = True
+            if self.asked:
                 raise KeyboardInterrupt
+            self.asked = True
             say(f"{step.stage}: asked to save its work and to end; ask again to give it up")
-            there = self.vm.ssh(tpu.stop_command(self.chain, self.code, step.stage))
-            asking.append(start(there))
+            asking.append(start(there("stop")))
 
         try:
             with handling(ask):
-                ended = shown(self.vm.ssh(tpu.stage_command(self.chain, self.code, step)), self._log(step.stage))
+                # asked already: perhaps without being heard, since the connection broke
+                return shown(there("end" if self.asked else "run"), self._log(step.stage))
         finally:
             for process in asking:
                 end(process)
-        return ended, bool(asking)
 
     def _log(self, stage: str) -> Path:
         return self.chain.dir.submitted / f"tpu_{stage}.log"
@@ -175,7 +179,7 @@ class _Session:
             return gone
         if not ended.codes or (ended.gcloud and not ended.code):
             return f"the connection to {self.vm.name} is lost"
-        if ended.code == EnvironmentProblem.exit_code:
+        if ended.code == EnvironmentProblem.exit_code and manifest.TAKEN_OVER not in ended.cause:
             return f"{ended.cause or 'its machine failed'} (exit code {ended.code})"
         if ended.code >= 128:
             return f"its processes were killed (exit code {ended.code})"

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.stages import Chain
@@ -99,12 +100,15 @@ def _state(question: list[str]) -> str | None:
         return None
 
 
-def ensure(vm: Vm) -> bool:
-    """Return once the VM is READY: as it is there, or created, in place of one that was taken away; whether created.
+def ensure(vm: Vm, making: Callable[[], None]) -> None:
+    """Return once the VM is READY: as it is there, or created, in place of one that was taken away.
+
+    Args:
+        making: called before it is created.
 
     Raises: EnvironmentProblem when it is not in HOURS; for a VM that is not ours also when it is not there to wait for.
     """
-    end, polls, told, made = time.monotonic() + HOURS * 3600, 0, "", False
+    end, polls, told = time.monotonic() + HOURS * 3600, 0, ""
     while (state := patiently(lambda: find(vm))) != "READY":
         why = state or "requested"
         if time.monotonic() > end:
@@ -119,7 +123,7 @@ def ensure(vm: Vm) -> bool:
             continue
         if state is None:
             say(f"{vm.name}: asking for a {vm.tpu.accelerator} in {vm.tpu.zone}")
-            made = True
+            making()
             try:
                 call(vm.create())
                 continue
@@ -133,7 +137,6 @@ def ensure(vm: Vm) -> bool:
             say(f"{vm.name}: waiting, {why}")
         polls, told = polls + 1, why
         time.sleep(POLL)
-    return made
 
 
 def delete(vm: Vm) -> None:

@@ -103,6 +103,7 @@ def test_every_image_is_detected_in_once(tmp_path: Path, r1: tuple[Path, dict[st
 
 def test_two_ranks_train_and_evaluate(tmp_path: Path, data: Path) -> None:
     first, second = ended_with(tmp_path, "detect_train.train", *round_arguments(tmp_path / "run", data, 1, *DENSE))
+    assert (tmp_path / "stdout").read_text().count("Epoch Stats [0]") == 1
     assert first["step"] == second["step"] == 2 and first["metrics"] == second["metrics"]
     assert all(torch.equal(second["model"][name], value) for name, value in first["model"].items())
     best = RunDir(tmp_path / "run").checkpoints / "best.pth"

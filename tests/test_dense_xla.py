@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch_xla
 from torch.utils.data import Dataset
 from torchvision.models import resnet
 
 from detect_train import dense, pyramid
 from detect_train.inference import predict
 from tests.test_dense import SMALL, small
-from tests.thin_detector import COMPARED, GRAPHS, STEPS, Thin, batches, compiled, fallbacks  # before torch_xla
+from tests.thin_detector import COMPARED, GRAPHS, STEPS, Thin, batches, compiled, fallbacks, torch_xla
 
 CHANNELS = 64  # a quarter
 CLASSES = 3

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from tests.ranks import run
+from utils.paths import RunDir
 
 DECLARED = """
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as declare
-from utils import checkpoint, device, dist, optim
+from utils import checkpoint, device, dist, optim, paths, run_lock
 from utils.env import World
 class Module:
     is_available = staticmethod(lambda: True)
@@ -73,12 +74,15 @@ def test_what_is_saved_and_what_ranks_average_is_on_the_cpu(tmp_path: Path) -> N
 import sys
 from pathlib import Path
 values = on_tpu(torch.arange(3.0))
-print(values.device, device.off_xla({"a": [values, "b"]}))
+print(values.device, device.on_host({"a": [values, "b"]}))
 print(dist.mean(values))
-checkpoint.write(Path(sys.argv[1]), device.off_xla({"weights": values}))
+run_dir = paths.RunDir(Path(sys.argv[1]))
+saved = {"epochs_done": 1, "step": 1, "batch": 0, "is_best": False, "weights": values}
+with run_lock.owned(run_dir):
+    print(checkpoint.save(run_dir, saved).name)
 """
-    file = tmp_path / "weights.pth"
+    file = RunDir(tmp_path).checkpoints / "checkpoint_0000.pth"
     copied = "tensor([0., 1., 2.])"
-    assert printed(program, file) == [f"tpu:0 {{'a': [{copied}, 'b']}}", copied]
-    plain = run([sys.executable, "-c", f"import torch; print(torch.load({str(file)!r}, weights_only=True))"])
-    assert plain.stdout == f"{{'weights': {copied}}}\n", plain.stderr
+    assert printed(program, tmp_path) == [f"tpu:0 {{'a': [{copied}, 'b']}}", copied, file.name]
+    plain = run([sys.executable, "-c", f"import torch; print(torch.load({str(file)!r}, weights_only=True)['weights'])"])
+    assert plain.stdout == f"{copied}\n", plain.stderr

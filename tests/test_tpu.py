@@ -279,7 +279,7 @@ def test_a_launcher_that_was_killed_is_run_again_and_follows_the_stage(here: Tpu
     assert second.returncode == 0, output
     assert "it runs here already" in output
     assert len(here.google.remote()) == 1
-    assert verbs(here.google) == ["create", *["scp", "ssh", "ssh"] * 2, "delete"]
+    assert verbs(here.google) == ["create", *["scp", "ssh", "ssh"] * 2, "ssh", "delete"]
 
 
 def test_a_stage_whose_processes_are_killed_is_started_again(here: TpuCheckout) -> None:

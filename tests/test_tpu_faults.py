@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ import pytest
 from jobs import tpu_code
 from tests.checkout import Process
 from tests.test_tpu import ONE, WAITS_ON_THE_FIRST_VM, TpuCheckout, here, name, printed, until, verbs
+from utils import manifest
 from utils.errors import InputError
+from utils.paths import ROOT
 
 __all__ = ["here"]  # a fixture
 OUTAGE = (  # what gcloud says, word by word
@@ -147,8 +151,62 @@ def test_a_stage_that_runs_with_another_command_is_neither_followed_nor_deleted(
 def test_a_vm_that_another_launcher_has_just_made_is_kept(here: TpuCheckout) -> None:
     here.google.want(refuse={"create": ["ALREADY_EXISTS: it is there"]})
     failed = here.launched("--only", "pretrain")
-    assert (failed.returncode, f"{name(here)} is kept: it was" in failed.stdout) == (75, True), failed.stdout
+    assert failed.returncode == 75 and "ALREADY_EXISTS: it is there; the same command uses it" in failed.stdout
     assert verbs(here.google) == ["create"]
+
+
+def test_a_vm_on_which_somebody_s_stage_runs_is_kept_at_the_end(here: TpuCheckout) -> None:
+    assert here.launched("--only", "pretrain").returncode == 0
+    with here.google.state() as state:
+        state["vms"][name(here)] = "READY"
+    lock = here.google.disk / ".relay/another/r1.lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = here.launched("--only", "r1")
+    assert done.returncode == 0 and f"{name(here)} is kept: it was there before" in done.stdout
+    assert here.google.vms() == {name(here): "READY"}
+    assert here.launched("--only", "r2").returncode == 0
+    assert here.google.vms() == {}
+
+
+def test_a_wish_to_end_outlives_the_connection(here: TpuCheckout) -> None:
+    with here.start(*here.tpu(*WAITS)) as launcher:
+        begun(here, launcher)
+        here.google.want(refuse={"ssh": [OUTAGE]})
+        launcher.send_signal(signal.SIGTERM)
+        until(lambda: here.google.wanted("refuse") == {"ssh": []}, launcher)
+        here.google.cut()
+        output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, output
+    assert "the connection to" in output and "; the same command goes on from there" in output
+    assert (here.mine("pretrain")["status"], here.google.vms()) == ("preempted", {})
+    assert here.in_bucket("pretrain/checkpoints/checkpoint_0000_00000001.pth").exists()
+
+
+def test_only_the_stage_that_was_meant_is_asked_to_end(tmp_path: Path) -> None:
+    remote = [sys.executable, "-m", "jobs.tpu_remote"]
+    environ = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def stop(*command: str) -> str:
+        words = [*remote, "stop", "chain", "r1", *command]
+        return subprocess.run(words, env=environ, capture_output=True, text=True, check=True).stdout
+
+    with subprocess.Popen([*remote, "run", "chain", "r1", "sleep", "60"], env=environ, stdout=subprocess.PIPE) as run:
+        assert run.stdout and run.stdout.readline()
+        assert stop("sleep", "61") == "nothing runs here\n"
+        assert run.poll() is None
+        assert stop("sleep", "60") == ""
+        assert run.wait(30) == 128 + signal.SIGTERM
+
+
+def test_an_attempt_that_another_has_replaced_is_not_made_again(here: TpuCheckout) -> None:
+    said = f'raise EnvironmentProblem("{manifest.TAKEN_OVER}")\n    if cfg.wait_for:'
+    here.edit("tests/standin/train.py", "if cfg.wait_for:", said)
+    here.edit("tests/standin/train.py", "import Stopped", "import EnvironmentProblem, Stopped")
+    failed = here.launched("--only", "pretrain")
+    assert (failed.returncode, len(here.google.remote())) == (75, 1)
+    assert manifest.TAKEN_OVER in failed.stdout.splitlines()[-1]
 
 
 def test_a_machine_that_fails_is_gone_on_from(here: TpuCheckout) -> None:

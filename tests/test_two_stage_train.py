@@ -216,6 +216,7 @@ def test_two_ranks_train_one_model(
     words += [f"unet={unet[1]['outputs']['last']}"] if name == "classify" else []
     config = ["--config", CONFIGS / f"{name}.yaml"]
     first, second = ended_with(tmp_path, "detect_train.two_stage.train", *config, *words)
+    assert (tmp_path / "stdout").read_text().count("Epoch Stats [2]") == 1
     assert first["step"] == second["step"] == 6 and first["metrics"] == second["metrics"]
     assert all(torch.equal(second["model"][key], value) for key, value in first["model"].items())
     newest = checkpoint_files.newest(RunDir(tmp_path / "run").checkpoints)

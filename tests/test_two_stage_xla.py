@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch_xla
 
 from detect_train.two_stage import model, parts, unet
 from detect_train.two_stage.classifier import Noise
 from detect_train.two_stage.config import Iterations
 from tests.test_two_stage import SMALL
-from tests.thin_detector import COMPARED, GRAPHS, STEPS, Thin, batches, compiled, fallbacks  # before torch_xla
+from tests.thin_detector import COMPARED, GRAPHS, STEPS, Thin, batches, compiled, fallbacks, torch_xla
 from utils import device as devices
 from utils.engine import TrainState
 from utils.optim import set_lr

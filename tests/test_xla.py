@@ -148,7 +148,7 @@ def test_a_count_of_graphs_that_keeps_growing_is_an_error(every: int, steps: int
         for step in range(steps):
             grown = torch.zeros(side + step // every, device=chip)
             grown += 1
-            device.off_xla(grown)
+            device.on_host(grown)
             state.step += 1
             watch.after_step(state, {})
     assert state.step == (last or steps)

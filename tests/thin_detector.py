@@ -1,7 +1,7 @@
 """What the detectors' tests on XLA share: a ResNet that is compiled soon, batches, and the count of what was compiled.
 
-To be imported before torch_xla: by the flag set here XLA compiles for the CPU in a twentieth of the time, to code of
-the same arithmetic.
+They take torch_xla from here: by a flag that is set before it is imported XLA compiles for the CPU in a twentieth of
+the time, to code of the same arithmetic.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from detect_train.targets import Batch, Targets
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 pytest.importorskip("torch_xla", reason="torch_xla has an environment of its own: make install-tpu")
 
+import torch_xla as torch_xla  # for who takes it from here
 import torch_xla.debug.metrics as metrics
 
 ROWS = 4

@@ -18,7 +18,7 @@ import torchvision
 
 from utils import checkpoint_files, dist, files, log, run_lock, startup
 from utils.checkpoint_files import BEST
-from utils.device import kind_of, off_xla
+from utils.device import kind_of, on_host
 from utils.errors import InputError
 from utils.paths import RunDir
 from utils.shared_config import Training
@@ -106,7 +106,7 @@ def save(run_dir: RunDir, content: Mapping[str, Any]) -> Path:
         run_lock.check(run_dir)
         checkpoint_files.record(path, digest)
 
-    files.write_atomic(path, lambda file: torch.save(off_xla(dict(content)), file), before_rename)
+    files.write_atomic(path, lambda file: torch.save(on_host(dict(content)), file), before_rename)
     if content["is_best"]:
         adopt(path, run_dir.checkpoints / BEST)
     checkpoint_files.prune(run_dir.checkpoints)

@@ -116,12 +116,12 @@ def step(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         optimizer.step()
 
 
-def gather(rows: torch.Tensor) -> torch.Tensor:
-    """See `dist.gather`; there are several ranks."""
+def gather(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """See `dist.gather`; there are several ranks, of `group`."""
     if rows.device.type == "xla":
         return _xla().gather(rows)
     gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group)
     return gathered
 
 
@@ -150,9 +150,9 @@ def compiles() -> int:
     return _xla().compiles()
 
 
-def off_xla(values: Any) -> Any:
-    """`values`, nested, with tensors of XLA and torch-tpu copied to the CPU: to compute with them there would be
-    another graph, and what is saved is read where there is no such device.
+def on_host(values: Any) -> Any:
+    """`values`, nested, with tensors of what compiles copied to the CPU: to compute with them there would be another
+    graph, and what is saved is read where there is no such device.
     """
     if any(isinstance(one, torch.Tensor) and one.device.type == "xla" for one in pytree.tree_leaves(values)):
         _xla().sync()  # all at once; copied one by one, each would be a graph of its own

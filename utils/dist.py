@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import device as devices
 from utils import env, log, mirror, paths, rendezvous, run_lock, startup, stop
-from utils.device import off_xla
+from utils.device import on_host
 from utils.errors import Stopped, error_like, exit_code, explained, one_line
 from utils.paths import RunDir
 from utils.shared_config import DeviceName
@@ -170,8 +170,8 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise mean over ranks; of what `off_xla` copies it is on the CPU."""
-    values = off_xla(values)
+    """Elementwise mean over ranks; of what compiles it is on the CPU, see `device.on_host`."""
+    values = on_host(values)
     if size() > 1:
         values = values.clone()
         dist.all_reduce(values, group=_host_group if values.device.type == "cpu" else None)
@@ -182,14 +182,14 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 def broadcast(values: torch.Tensor) -> torch.Tensor:
     """Rank 0's values on every rank, in place."""
     if size() > 1:
-        dist.broadcast(shared := off_xla(values), 0, _host_group if shared.device.type == "cpu" else None)
+        dist.broadcast(shared := on_host(values), 0, _host_group if shared.device.type == "cpu" else None)
         values.copy_(shared)
     return values
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
     """(n, ...) of every rank, n the same on all -> (n * ranks, ...) in rank order; one collective, not waited for."""
-    return rows if size() == 1 else devices.gather(rows)
+    return rows if size() == 1 else devices.gather(rows, _host_group if rows.device.type == "cpu" else None)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from utils import checkpoint, dist, log, startup, stop, upload
-from utils.device import off_xla
+from utils.device import on_host
 from utils.errors import DivergedError, Stopped
 from utils.metrics import MetricsWriter
 from utils.paths import RunDir
@@ -78,7 +78,7 @@ class LogMetrics(Hook):
         """Bring `state.rows` up to date. Raises: DivergedError if a loss, or a weight now, is not finite."""
         if self.pending:
             names = list(self.pending[0])
-            rows = off_xla(self.pending)
+            rows = on_host(self.pending)
             table = dist.mean(torch.stack([torch.stack([row[name].float() for name in names]) for row in rows]))
             self.pending = []
             for values in table.tolist():
@@ -88,7 +88,7 @@ class LogMetrics(Hook):
 
     def check_weights(self, state: TrainState) -> None:
         """Raises: DivergedError on every rank. The losses so far are of the weights before the last step."""
-        finite = torch.stack([value.isfinite().all() for value in off_xla(state.model.state_dict()).values()])
+        finite = torch.stack([value.isfinite().all() for value in on_host(state.model.state_dict()).values()])
         if dist.mean(finite.all().float()) < 1:
             raise DivergedError(f"weights are not finite after step {state.step}; lower optim.lr")
 

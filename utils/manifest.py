@@ -20,6 +20,7 @@ from utils.errors import CheckpointError, EnvironmentProblem, InputError
 from utils.storage import Info
 
 BEGINNING = "manifest_"
+TAKEN_OVER = "this run was taken over by another attempt"
 NUMBERED = re.compile(rf"{BEGINNING}(\d{{8}})\.json")
 OBJECTS = "objects"  # nothing else of what lies below the URL is ever deleted: it may be somebody else's
 HASH = 8  # characters of a sha256 in an object's name
@@ -100,7 +101,7 @@ def _files(held: dict[str, dict]) -> Files:
 
 def taken_over(url: str) -> EnvironmentProblem:
     """What the attempt is told that another one has replaced."""
-    return EnvironmentProblem(f"{url}: this run was taken over by another attempt; this one stops and writes no more")
+    return EnvironmentProblem(f"{url}: {TAKEN_OVER}; this one stops and writes no more")
 
 
 def write(url: str, manifest: Manifest) -> None:

@@ -13,7 +13,8 @@ DONE = "done"
 def push(run_dir: RunDir) -> None:
     """`mirror.push` by rank 0; every rank returns when it is done, and raises what it raises.
 
-    It may take longer than ranks wait for each other: meanwhile rank 0 says again and again that it is at work.
+    It may take longer than ranks wait for each other: meanwhile rank 0 says again and again that it is at work. When
+    another rank is lost, the upload is ended first.
     """
     if dist.size() == 1:
         mirror.push(run_dir)
