@@ -61,7 +61,7 @@ def preparation(vm: Vm, code: Code, archive: Path) -> list[list[str]]:
 
 
 def stage_command(chain: Chain, code: Code, step: Step, verb: str = "run") -> str:
-    """What each host of the VM runs: the stage's worker, once for each of its chips, by a verb of jobs/tpu_remote.py."""
+    """What each host of the VM runs: the stage's worker, a process for each chip, by a verb of jobs/tpu_remote.py."""
     return joined(["cd", code.folder], [*_remote(chain, verb, step.stage), *_worker(chain, step)])
 
 
