@@ -9,11 +9,16 @@ from collections.abc import Mapping, Sequence
 
 from utils.paths import ROOT
 
+# By this flag XLA compiles for the CPU in a twentieth of the time, to code of the same arithmetic.
+XLA = {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-def torchrun(ranks: int, *command: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+
+def torchrun(
+    ranks: int, *command: object, environ: Mapping[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run `command` (`-m module …` or `script …`) as `ranks` processes on one node; output is captured."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return run([*launcher, *map(str, command)], timeout=timeout)
+    return run([*launcher, *map(str, command)], environ, timeout=timeout)
 
 
 def run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
@@ -19,7 +18,7 @@ import torch
 
 from tests import ranks
 from tests.test_ssl_train import write_images
-from utils import checkpoint, checkpoint_files, device, env
+from utils import checkpoint, checkpoint_files, device, env, metrics
 from utils.compiles import WatchCompiles
 from utils.engine import TrainState
 from utils.errors import RelayError
@@ -37,17 +36,17 @@ SMALL = [
 
 
 def command(run: Path, data: Path, epochs: int, *words: str) -> list[str]:
-    return ["-m", "ssl_train.train", f"--run-dir={run}", f"--dataset-root={data}", f"--epochs={epochs}", *SMALL, *words]
+    return ["-m", "tests.thin_pretraining", f"--run-dir={run}", f"--dataset-root={data}", f"--epochs={epochs}", *SMALL, *words]
 
 
 def pretrain(launcher: list[str], *given: Any) -> str:
-    ended = ranks.run([*launcher, *command(*given)], {"PJRT_DEVICE": "CPU"}, timeout=900)
+    ended = ranks.run([*launcher, *command(*given)], ranks.XLA, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in RunDir(run).metrics.read_text().splitlines()]
+    return [line["loss"] for line in metrics.read(RunDir(run).metrics) if line["kind"] == "train"]
 
 
 def tensors(run: Path, *parts: str) -> dict[str, torch.Tensor]:
@@ -106,7 +105,7 @@ def test_two_ranks_hold_the_same_weights(tmp_path: Path, data: Path) -> None:
     """By torchrun and gloo: XLA's CPU devices have no collectives of their own."""
     given = (tmp_path / "xla", data, 1, "device=xla"), (tmp_path / "cpu", data, 1, "device=cpu")
     for each in given:
-        ended = ranks.torchrun(2, *command(*each), "deterministic=true", timeout=900)
+        ended = ranks.torchrun(2, *command(*each), "deterministic=true", environ=ranks.XLA, timeout=900)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     # each rank normalises over 4 images: rounding grows faster than over 8
     assert losses(tmp_path / "xla") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-4)
@@ -115,11 +114,11 @@ def test_two_ranks_hold_the_same_weights(tmp_path: Path, data: Path) -> None:
 
 def test_a_signal_to_the_launcher_stops_every_rank_with_its_work_saved(tmp_path: Path, data: Path) -> None:
     argv = [*XLA_RUN, *command(tmp_path, data, 1000, "device=xla", "batch_size=2")]
-    environ = ranks.environment({"PJRT_DEVICE": "CPU"})
+    environ = ranks.environment(ranks.XLA)
     with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
-            if "step 3 " in line:
+            if "step 2: XLA has compiled" in line:
                 os.kill(process.pid, signal.SIGTERM)
                 break
         rest = process.stdout.read()
@@ -133,7 +132,7 @@ def test_exit_code_of_a_rank_is_that_of_the_launcher(tmp_path: Path, data: Path)
     (data.parent / "bad").mkdir()
     (data.parent / "bad" / "0.png").write_bytes(b"no image")
     argv = [*XLA_RUN, *command(tmp_path, data.parent / "bad", 1, "device=xla", "batch_size=1")]
-    ended = ranks.run(argv, {"PJRT_DEVICE": "CPU"}, timeout=900)
+    ended = ranks.run(argv, ranks.XLA, timeout=900)
     assert ended.returncode == 2
     assert "0.png" in ended.stderr
 
@@ -165,7 +164,7 @@ while True:
 
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "idle.py").write_text(IDLE)
-    environ = ranks.environment({"PJRT_DEVICE": "CPU"})
+    environ = ranks.environment(ranks.XLA)
     environ["PYTHONPATH"] += f":{tmp_path}"
     with subprocess.Popen([*XLA_RUN, "-m", "idle"], env=environ, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 from tests.gcs_server import Server, gcs, hasty
+from tests.ranks import XLA
 from tests.test_tpu import TpuCheckout
 from utils.metrics import read
 from utils.paths import ROOT
@@ -43,8 +44,8 @@ def here(tmp_path: Path, gcs: Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
     make(tmp_path / "data", Sample(unlabeled=32, training=8, validation=3, size=64))
     for name in (UNLABELED, LABELED):
         gcs.put(f"data/{name}", (tmp_path / "data" / name).read_bytes())
-    monkeypatch.setenv("PJRT_DEVICE", "CPU")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    for variable, value in XLA.items():
+        monkeypatch.setenv(variable, value)
     checkout = RealCheckout(tmp_path)
     for name in ("ssl_train", "detect_train", "evaluate"):
         shutil.copytree(ROOT / name, checkout.root / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -18,14 +17,12 @@ from utils import checkpoint_files
 from utils.paths import RunDir
 
 __all__ = ["backbone", "data"]  # fixtures
-# XLA compiles for the CPU in a twentieth of the time, to code of the same arithmetic.
-XLA = {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 pytest.importorskip("torch_xla", reason="torch_xla has an environment of its own: make install-tpu")
 
 
 def program(module: str, run: Path, data: Path, *words: object) -> str:
     argv = [sys.executable, "-m", module, f"--run-dir={run}", f"--dataset-root={data}", *words]
-    ended = ranks.run(argv, XLA, timeout=1200)
+    ended = ranks.run(argv, ranks.XLA, timeout=1200)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     return ended.stdout
 
@@ -80,6 +77,6 @@ def test_the_two_stages(tmp_path: Path, data: Path, backbone: Path) -> None:
 
 def test_faster_rcnn_is_refused(tmp_path: Path, data: Path, backbone: Path) -> None:
     argv = ["-m", "detect_train.train", f"--run-dir={tmp_path / 'r1'}", f"--dataset-root={data}", f"--bp={backbone}"]
-    ended = ranks.run([sys.executable, *argv, "device=xla"], {**os.environ, **XLA})
+    ended = ranks.run([sys.executable, *argv, "device=xla"], ranks.XLA)
     assert ended.returncode == 2
     assert re.fullmatch(r"ERROR 2: .*model\.head=dense.*two_stage.*\n", ended.stderr)

@@ -1,7 +1,6 @@
-"""What the detectors' tests on XLA share: a ResNet that is compiled soon, batches, and the count of what was compiled.
+"""What tests on XLA share: a ResNet that is compiled soon, batches, and the count of what was compiled.
 
-They take torch_xla from here: by a flag that is set before it is imported XLA compiles for the CPU in a twentieth of
-the time, to code of the same arithmetic.
+They take torch_xla from here: the flag by which it compiles sooner has to be set before it is imported.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import torch
 from torchvision.models import resnet
 
 from detect_train.targets import Batch, Targets
+from tests.ranks import XLA
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", XLA["XLA_FLAGS"])
 pytest.importorskip("torch_xla", reason="torch_xla has an environment of its own: make install-tpu")
 
 import torch_xla as torch_xla  # for who takes it from here
@@ -29,9 +29,9 @@ GRAPHS = 3  # at most in so many steps
 class Thin(resnet.ResNet):
     """As few layers as a ResNet can have, of an eighth of the channels."""
 
-    def __init__(self, name: str = "", *, weights: None, norm_layer: Any = None) -> None:
+    def __init__(self, name: str = "", *, weights: None, norm_layer: Any = None, num_classes: int = 1) -> None:
         super().__init__(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-        self.fc = torch.nn.Linear(512 // 8, 1)
+        self.fc = torch.nn.Linear(512 // 8, num_classes)
 
     def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> torch.nn.Sequential:
         return super()._make_layer(block, planes // 8, *rest, **options)
