@@ -36,7 +36,8 @@ SMALL = [
 
 
 def command(run: Path, data: Path, epochs: int, *words: str) -> list[str]:
-    return ["-m", "tests.thin_pretraining", f"--run-dir={run}", f"--dataset-root={data}", f"--epochs={epochs}", *SMALL, *words]
+    given = [f"--run-dir={run}", f"--dataset-root={data}", f"--epochs={epochs}"]
+    return ["-m", "tests.thin_pretraining", *given, *SMALL, *words]
 
 
 def pretrain(launcher: list[str], *given: Any) -> str:

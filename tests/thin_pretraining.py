@@ -1,4 +1,4 @@
-"""`ssl_train.train` with a ResNet that XLA compiles, and computes unoptimised, in seconds: `-m tests.thin_pretraining`."""
+"""`ssl_train.train` with a ResNet that XLA compiles in seconds: `-m tests.thin_pretraining`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Generated demo data: two squashfs archives in the layout the stages read, drawn in a few seconds.
 
-    python -m utils.sample_data DEST [--unlabeled 600 --training 240 --validation 60 --size 128 --seed 0]
+    python -m utils.sample_data DEST [--unlabeled 320 --training 160 --validation 40 --size 128 --seed 0]
 
 writes
     DEST/unlabeled.sqsh   unlabeled/0.PNG ... N-1.PNG, for pretraining
@@ -44,9 +44,9 @@ CLOSER = 0.6  # an unlabeled picture's side as a share of a labeled one's: a cro
 class Sample:
     """How much to draw: pictures per split, the longer side of a labeled one in pixels, and the seed."""
 
-    unlabeled: int = 600
-    training: int = 240
-    validation: int = 60
+    unlabeled: int = 320
+    training: int = 160
+    validation: int = 40
     size: int = 128
     seed: int = 0
 
