@@ -25,6 +25,9 @@ setup(
         "pyyaml>=6",
         "numpy>=1.26",
         "pillow>=10",
+        "rich>=13",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
     ],
     extras_require={
         "gcs": GCS,

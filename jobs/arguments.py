@@ -24,6 +24,9 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     add("--only", "--stage", metavar="STAGE", help="run this stage, again if done")
     add("--status", action="store_true", help="show how far the chain is")
     add("--all", action="store_true", help="with --status: a line for each chain under runs/")
+    add("--watch", action="store_true", help="show it again and again, until the chain ends")
+    add("--logs", metavar="STAGE", help="show what a stage has said, over all its restarts")
+    add("-f", "--follow", action="store_true", help="with --logs: and what it says from now on, until it ends")
     add("--cancel", action="store_true", help="cancel the chain's jobs")
     add("--dry-run", action="store_true", help="print scripts and dependencies, change nothing")
     add("--cluster", choices=("slurm", "local", "debug", "tpu"), help="debug: everything inside this process")
@@ -38,6 +41,11 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     arguments = parser.parse_intermixed_args(argv)
     if arguments.all and not arguments.status:
         raise InputError("--all: only with --status")
+    if arguments.all and arguments.watch:
+        raise InputError("--watch: shows one chain; leave out --all")
+    if arguments.follow and not arguments.logs:
+        raise InputError("-f: only with --logs STAGE")
+    arguments.status |= arguments.watch
     device = "xla" if arguments.cluster == "tpu" else arguments.device
     if arguments.device not in (None, device):
         raise InputError(f"--device {arguments.device}: the chips of --cluster tpu are xla")

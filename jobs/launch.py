@@ -7,6 +7,8 @@
     python jobs/launch.py --chain --name mine --dry-run             # show, change nothing
     python jobs/launch.py --chain --cluster tpu --file jobs/mine.yaml # on Google's TPU VMs, see jobs/tpu.yaml
     python jobs/launch.py --status --name mine                      # or --cancel; --status --all: a line a chain
+    python jobs/launch.py --watch                                   # the same, kept up to date until the chain ends
+    python jobs/launch.py --logs r2 -f                              # what r2 says, from its first attempt on
 
 A word key=value goes to every selected stage that knows the key, r1.key=value to r1 alone.
 """
@@ -26,17 +28,19 @@ if not __package__:  # run as a file: the checkout belongs on the path, jobs/ do
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.arguments import parse
-from utils.errors import InputError, RelayError, cli
+from utils.errors import InputError, cli
 
 if __name__ == "__main__":
     cli(lambda: parse(__doc__))  # --help and a wrong word need nothing else
 
 from jobs import enqueue, local, preflight, scheduler, stages, state, status, store, submit, tagged, tpu, tpu_run
 from jobs.alone import alone
+from jobs.logs import print_logs
 from jobs.plan import Resources, Step, make, select
 from jobs.scheduler import Patience
 from jobs.stages import Chain
 from jobs.tagged import Queued
+from jobs.watch import watch
 from utils.paths import ROOT
 
 INSTEAD_OF_RANKS = {
@@ -142,31 +146,26 @@ def cancel(chain: Chain) -> None:
     print(f"cancelled: {listed or 'nothing was queued or running'}")
 
 
-def _refreshed(chain: Chain) -> list[str]:
-    """Have the markers here that the chain's store has; what kept it from that."""
-    try:
-        store.refresh(chain)
-    except RelayError as error:
-        return [f"as far as this machine knows: {error}"]
-    return []
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(__doc__, argv)
     chain = stages.load(arguments.file, arguments.name, arguments.store)
-    if arguments.status or arguments.dry_run:
+    if arguments.status or arguments.logs or arguments.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     if arguments.status and arguments.all:
         print(status.overview(chain))
+    elif arguments.watch:
+        watch(chain)
     elif arguments.status:
-        note = _refreshed(chain)
+        note = status.refreshed(chain)
         print(status.table(chain), *note, sep="\n")
+    elif arguments.logs:
+        print_logs(chain, arguments.logs, arguments.follow)
     elif arguments.cancel:
         cancel(chain)
     elif arguments.chain or arguments.start or arguments.only:
         launch(chain, arguments)
     else:
-        raise InputError("say what to do: --chain, --from STAGE, --only STAGE, --status or --cancel")
+        raise InputError("say what to do: --chain, --from STAGE, --only STAGE, --status, --logs STAGE or --cancel")
 
 
 if __name__ == "__main__":

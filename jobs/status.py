@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs import state, tagged
+from jobs import known, state, store
+from jobs.known import Jobs
 from jobs.scheduler import Job
 from jobs.stages import Chain
-from jobs.tagged import Jobs, Written
+from jobs.tagged import Written
 from utils import metrics, paths
-from utils.errors import InputError, one_line
+from utils.errors import InputError, RelayError, one_line
 from utils.slurm import FINAL
 
-COLUMNS = ("stage", "state", "job", "node", "epoch/step", "newest", "elapsed", "restarts", "cause", "log")
+PROGRESS = ("epoch", "step", "images/s", "loss", "AP", "left")
+COLUMNS = ("stage", "state", "job", "node", *PROGRESS, "elapsed", "restarts", "cause", "log")
 
 
 class Shown(NamedTuple):
@@ -32,10 +36,26 @@ class Shown(NamedTuple):
 def table(chain: Chain) -> str:
     """The state of every stage of a chain, and what Slurm did not answer."""
     written = Written.read(chain)
-    (jobs,), notes = tagged.find([written])
-    shown = _stages(written, jobs)
-    rows = [COLUMNS, *(_row(chain, stage, now, jobs) for stage, now in shown.items())]
-    return "\n".join([f"chain {chain.name}  {chain.dir.path}", columns(rows), *notes])
+    (jobs,), notes = known.find([written])
+    return "\n".join([title(chain), columns([COLUMNS, *rows(written, jobs)]), *notes])
+
+
+def title(chain: Chain) -> str:
+    return f"chain {chain.name}  {chain.dir.path}"
+
+
+def rows(written: Written, jobs: Jobs) -> list[list[str]]:
+    """COLUMNS of every stage of a chain."""
+    return [_row(written.chain, stage, now, jobs) for stage, now in _stages(written, jobs).items()]
+
+
+def refreshed(chain: Chain) -> list[str]:
+    """Have the markers here that the chain's store has; what kept it from that."""
+    try:
+        store.refresh(chain)
+    except RelayError as error:
+        return [f"as far as this machine knows: {error}"]
+    return []
 
 
 def overview(like: Chain) -> str:
@@ -44,26 +64,26 @@ def overview(like: Chain) -> str:
     Each is taken for a chain of the stages of `like`; its line is that of its first stage that is not done.
     """
     found: list[Written] = []
-    rows: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
     for folder in sorted(paths.chains()):
         try:
             found.append(Written.read(replace(like, name=folder)))
         except (InputError, OSError) as error:
-            rows[folder] = _unknown(folder, error)
-    answers, notes = tagged.find(found)
+            lines[folder] = _unknown(folder, error)
+    answers, notes = known.find(found)
     for written, jobs in zip(found, answers, strict=True):
         name = written.chain.name
         try:
-            rows[name] = _line(written, jobs)
+            lines[name] = _line(written, jobs)
         except (InputError, OSError) as error:
-            rows[name] = _unknown(name, error)
-    lines = [rows[name] for name in sorted(rows)]
-    return "\n".join([columns([["chain", "done", *COLUMNS[:-1]], *lines]), *notes])
+            lines[name] = _unknown(name, error)
+    head = ["chain", "done", *COLUMNS[:-1]]
+    return "\n".join([columns([head, *(lines[name] for name in sorted(lines))]), *notes])
 
 
 def _unknown(name: str, error: Exception) -> list[str]:
     """The line of a chain whose files are damaged, or are of other stages."""
-    return [name, "", "", "UNKNOWN", *[""] * 6, one_line(error)]
+    return [name, "", "", "UNKNOWN", *[""] * (len(COLUMNS) - 4), one_line(error)]
 
 
 def _line(written: Written, jobs: Jobs) -> list[str]:
@@ -84,7 +104,7 @@ def _stages(written: Written, jobs: Jobs) -> dict[str, Shown]:
         if job_id and record.get("job_id") != job_id:  # the marker is of an earlier job
             entry = written.submitted.get(stage, {})
             record = {"status": "todo", "log": entry["log"] if entry.get("job_id") == job_id else ""}
-        word, cause = _state(record, job_id, jobs.known.get(stage))
+        word, cause = _state(record, job_id, jobs.known.get(stage), jobs.is_whole)
         parents = [parent for parent in written.chain.stages[stage].parents if shown[parent].word != "DONE"]
         if word == "CANCELLED" and parents:
             cause = f"{parents[0]} is {shown[parents[0]].word}"
@@ -96,8 +116,13 @@ def _row(chain: Chain, stage: str, shown: Shown, jobs: Jobs) -> list[str]:
     record, job = shown.record, jobs.known.get(stage)
     where = [jobs.ids.get(stage) or record.get("job_id", ""), job.node.strip("()") if job else record.get("host", "")]
     restarts, log = str(record.get("restarts", "")), _short(record.get("log", ""))
-    progress = *_progress(chain, stage, record), _elapsed(record, job)
-    return [stage, shown.word, *where, *progress, restarts, shown.cause, log]
+    progress = *_progress(chain, stage, shown), _elapsed(record, job)
+    return [harmless(cell) for cell in (stage, shown.word, *where, *progress, restarts, shown.cause, log)]
+
+
+def harmless(text: str) -> str:
+    """`text` as one line that changes nothing of a terminal: causes and names come from elsewhere."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -106,7 +131,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _state(record: Mapping[str, Any], job_id: str | None, job: Job | None) -> tuple[str, str]:
+def _state(record: Mapping[str, Any], job_id: str | None, job: Job | None, is_whole: bool) -> tuple[str, str]:
     """(state, cause) of a stage from its marker and its job."""
     status = record["status"]
     if status == "done":
@@ -120,24 +145,44 @@ def _state(record: Mapping[str, Any], job_id: str | None, job: Job | None) -> tu
         return "CANCELLED" if cancelled else status.upper(), record["cause"] or ""
     if job:
         return job.state, "" if job.state == "CANCELLED" else f"Slurm: {job.state} {job.reason}; see the log"
+    if job_id and not is_whole:
+        return ("RUNNING?" if status == "running" else "QUEUED?"), ""
     if status == "running":
-        if job_id or not _alive(record):
+        if job_id or not is_alive(record):
             return "FAILED (gone)", f"{'job' if job_id else 'process'} {record['job_id']} is gone"
         return "RUNNING", ""
     return ("CANCELLED", "") if job_id else ("TODO", "")
 
 
-def _alive(record: Mapping[str, Any]) -> bool:
+def is_alive(record: Mapping[str, Any]) -> bool:
     """Whether a local run still goes on; one on another host is believed to."""
     return record["host"] != socket.gethostname() or Path(f"/proc/{record['job_id']}").exists()
 
 
-def _progress(chain: Chain, stage: str, record: Mapping[str, Any]) -> tuple[str, str]:
-    """(epoch/step, newest loss and AP) from the stage's metrics."""
-    newest = metrics.newest(chain.run_dir(stage).metrics)
-    values = newest | record.get("metrics", {})
-    shown = [f"{name} {values[name]:.4f}" for name in ("loss", "AP") if values.get(name) is not None]
-    return f"{newest['epoch']}/{newest['step']}" if newest else "", "  ".join(shown)
+def _progress(chain: Chain, stage: str, shown: Shown) -> list[str]:
+    """PROGRESS from the stage's metrics; runs of earlier versions have not written all of it."""
+    file = chain.run_dir(stage).metrics
+    newest = metrics.newest(file)
+    values = newest | shown.record.get("metrics", {})
+    step = "/".join(str(newest[key]) for key in ("step", "steps") if key in newest)
+    rate = f"{newest['images_per_s']:.1f}" if "images_per_s" in newest else ""
+    scores = [f"{values[name]:.4f}" if values.get(name) is not None else "" for name in ("loss", "AP")]
+    goes_on = shown.word.startswith("RUNNING") and shown.record["status"] == "running"  # else it has yet to begin
+    left = newest.get("left_s") if goes_on else None
+    if left is not None:
+        written = file.stat().st_mtime
+        began = datetime.datetime.fromisoformat(shown.record["started"]).timestamp()
+        left -= time.time() - written if written > began else 0  # else by the attempt before, and this is on its way
+    return [str(newest.get("epoch", "")), step, rate, *scores, "" if left is None else clock(left)]
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss or m:ss; nothing for what is no number."""
+    if not math.isfinite(seconds):
+        return ""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _elapsed(record: Mapping[str, Any], job: Job | None) -> str:

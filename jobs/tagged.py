@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from jobs import scheduler, state
 from jobs.scheduler import Job
 from jobs.stages import Chain
-from utils.errors import EnvironmentProblem, InputError
+from utils.errors import InputError
 from utils.paths import ROOT
-from utils.slurm import FINAL, call
+from utils.slurm import call
 
 ENDING = 90  # seconds; Slurm gives a job half a minute (KillWait) to end, unless the site says more
 TAG = re.compile(r"relay:([^:]+):([^:]+)(?::([0-9a-f]+))?(:hold)?")
@@ -91,10 +91,10 @@ def queued(chain: Chain, ask: Callable[..., str] = call) -> list[Queued]:
     Those with the chain's tag that were submitted in this checkout, and those that have marked a stage as running.
     Raises: EnvironmentProblem if squeue does not answer.
     """
-    return _own(Written.read(chain), scheduler.listed(ask=ask)) if shutil.which("squeue") else []
+    return own(Written.read(chain), scheduler.listed(ask=ask)) if shutil.which("squeue") else []
 
 
-def _own(written: Written, jobs: Iterable[Job]) -> list[Queued]:
+def own(written: Written, jobs: Iterable[Job]) -> list[Queued]:
     """Those of the jobs that are the chain's."""
     chain = written.chain
     running = {}
@@ -104,7 +104,8 @@ def _own(written: Written, jobs: Iterable[Job]) -> list[Queued]:
     found = []
     for job in jobs:
         name, stage, token, hold = chain.name, running.get(job.id, ""), "", ""
-        if (match := TAG.fullmatch(job.comment)) and Path(job.folder).resolve() == ROOT:
+        match = TAG.fullmatch(job.comment)
+        if match and (match[1] == name or stage) and Path(job.folder).resolve() == ROOT:  # which takes long
             name, stage, token, hold = match.groups("")
         if name == chain.name and stage in chain.stages:
             held = job.priority == "0" and job.reason != "JobHeldAdmin" and bool(token) and not hold
@@ -132,61 +133,3 @@ def configuration(chain: Chain, job: Queued) -> Mapping[str, Any] | None:
     if entry.get("job_id") == job.id or (job.token and entry.get("token") == job.token):
         return entry["config"]
     return record.get("config") if record.get("job_id") == job.id else None
-
-
-class Jobs(NamedTuple):
-    """The newest job of each stage of a chain, and what Slurm knows of it."""
-
-    ids: dict[str, str]
-    known: dict[str, Job]
-
-
-def find(chains: Sequence[Written]) -> tuple[list[Jobs], list[str]]:
-    """The jobs of each chain, and what to tell about calls that failed.
-
-    squeue is asked once for all of them; sacct too, for the jobs that slurmctld has forgotten.
-    """
-    listed: dict[str, Job] = {}
-    notes: list[str] = []
-    has_slurm = shutil.which("squeue") is not None
-    try:
-        listed = {job.id: job for job in scheduler.listed("-t", "all")} if has_slurm else {}
-    except EnvironmentProblem as error:
-        # else there is a squeue, but perhaps no Slurm
-        notes += [str(error)] if any(chain.is_used for chain in chains) else []
-    living = [job for job in listed.values() if job.state not in FINAL]
-    alive = [{job.stage: job.id for job in _own(chain, living)} for chain in chains]
-    ids = [_last(chain) | now for chain, now in zip(chains, alive, strict=True)]
-    ended = {job for jobs in ids for job in jobs.values()} - listed.keys()
-    try:
-        listed |= {job.id: job for job in scheduler.accounted(sorted(ended))} if ended and has_slurm else {}
-    except EnvironmentProblem as error:
-        notes.append(str(error))
-    found = [
-        Jobs(jobs, {stage: listed[job] for stage, job in jobs.items() if _is_it(chain, stage, listed.get(job), now)})
-        for chain, jobs, now in zip(chains, ids, alive, strict=True)
-    ]
-    return found, list(dict.fromkeys(notes))
-
-
-def _last(written: Written) -> dict[str, str]:
-    """Stage -> the launcher's last job, or that of a plain sbatch which began since."""
-    ids = {}
-    for stage, record in written.records.items():
-        entry = written.submitted.get(stage, {"job_id": None})
-        if entry["job_id"] and entry["submitted"] >= record.get("started", ""):
-            ids[stage] = entry["job_id"]
-        elif record.get("slurm"):
-            ids[stage] = record["job_id"]
-    return ids
-
-
-def _is_it(written: Written, stage: str, job: Job | None, alive: Mapping[str, str]) -> bool:
-    """Whether the job of the stage's id is the stage's: a controller that lost its state gives ids again.
-
-    One that never began must also have our name.
-    """
-    if job is None:
-        return False
-    ours = alive.get(stage), written.records[stage].get("job_id")
-    return job.id in ours or job.name == job_name(written.chain, stage)

@@ -26,11 +26,11 @@ def here(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def test_the_launcher_does_not_import_torch() -> None:
+def test_the_launcher_imports_neither_torch_nor_what_draws() -> None:
     modules = "jobs.launch, ssl_train.config, detect_train.config, evaluate.config"
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    code = f"import sys, {modules}; print({{'torch', 'rich'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"
 
 
 def test_a_chain_runs_in_order_and_the_second_time_not_at_all(here: Checkout) -> None:
@@ -208,6 +208,23 @@ def test_ctrl_c_ends_a_local_launch_with_one_line(here: Checkout) -> None:
     assert here.local("--only", "pretrain").returncode == 0
 
 
+def test_ctrl_c_ends_a_watch_and_what_is_done_is_watched_and_logged(here: Checkout) -> None:
+    words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml"]
+    with here.start("env", "--default-signal=INT", *words, "--watch") as watching:
+        assert watching.stdout
+        while "eval" not in watching.stdout.readline():
+            assert watching.poll() is None
+        watching.send_signal(signal.SIGINT)
+        output, _ = watching.communicate(timeout=60)
+    assert (watching.returncode, "Traceback" in output) == (130, False)
+    assert here.local("--chain").returncode == 0
+    watched = here.launch("--watch")
+    assert (watched.returncode, watched.stdout.count(" DONE ")) == (0, 5), watched.stdout
+    logged = here.launch("--logs", "r2", "-f")
+    assert (logged.returncode, logged.stdout.splitlines()[0]) == (0, f"==> {here.state('r2')['log']} <==")
+    assert "made pretrain:0.015 r1:0.03 r2:0.003" in logged.stdout and "r2 is done" in logged.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("ranks", "asked"), [(1, "stage"), (2, "launcher")])
 def test_a_stage_that_is_asked_to_end_ends_the_launch_and_the_next_one_goes_on(
     here: Checkout, ranks: int, asked: str
@@ -233,7 +250,7 @@ def test_a_stage_that_is_asked_to_end_ends_the_launch_and_the_next_one_goes_on(
     assert here.state("eval")["status"] == "done"
 
 
-@pytest.mark.parametrize("words", [["--status"], ["--chain", "--cluster", "local", "--dry-run"]])
+@pytest.mark.parametrize("words", [["--status"], ["--watch"], ["--chain", "--cluster", "local", "--dry-run"]])
 def test_a_reader_that_has_gone_is_no_error(here: Checkout, words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -245,7 +262,18 @@ def test_a_reader_that_has_gone_is_no_error(here: Checkout, words: list[str]) ->
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("words", [[], ["--from", "r9"], ["--chain", "--sbatch=--mem=1G"], ["--cancel", "--chian"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--from", "r9"],
+        ["--chain", "--sbatch=--mem=1G"],
+        ["--cancel", "--chian"],
+        ["--status", "--watch", "--all"],
+        ["--status", "-f"],
+        ["--logs", "r1"],
+    ],
+)
 def test_a_command_line_that_cannot_be_meant_is_refused(here: Checkout, words: list[str]) -> None:
     assert here.local(*words).returncode == 2
     assert here.files() == set()

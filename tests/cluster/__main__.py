@@ -19,16 +19,17 @@ from tests.cluster import GPUS, Cluster
 from tests.cluster.machine import PATH, available
 from utils.errors import InputError, cli
 
-PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server", "squashfs-tools", "squashfuse")
+PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server", "squashfs-tools", "squashfuse", "chromium")
 
 
 def install() -> str:
     """apt-get what is missing; what came of it, in one line."""
-    why = available() or (None if shutil.which("mksquashfs", path=PATH) else "no mksquashfs")
+    missing = (f"no {name}" for name in ("mksquashfs", "chromium") if not shutil.which(name, path=PATH))
+    why = available() or next(missing, None)
     if not why:
         return "nothing is missing"
     if os.geteuid() or not shutil.which("apt-get"):
-        return f"the Slurm tests will be skipped: {why}"
+        return f"tests will be skipped: {why}"
     policy = Path("/usr/sbin/policy-rc.d")  # Debian's way to say that an installation starts no daemon
     ours = not policy.exists()
     if ours:
@@ -40,7 +41,7 @@ def install() -> str:
         command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
         subprocess.run(command, env=env, check=True)
     except subprocess.CalledProcessError as error:
-        return f"the Slurm tests will be skipped: {error}"
+        return f"tests will be skipped: {error}"
     finally:
         if ours:
             policy.unlink()
