@@ -52,6 +52,9 @@ class InMemory:
 
     def go_to(self, epoch: int, done: int) -> None: ...
 
+    def __len__(self) -> int:
+        return self.steps
+
     def __iter__(self) -> Iterator[Batch]:
         return (self.batches[step % len(self.batches)] for step in range(self.steps))
 

@@ -34,14 +34,15 @@ from utils import (
     config,
     dist,
     engine,
-    hooks,
     labels,
     loader,
     mirror_views,
     optim,
     paths,
     resume,
+    saving,
     squashfs,
+    timeline,
 )
 from utils.device import resolve_precision
 from utils.engine import LossFn, TrainState
@@ -85,7 +86,9 @@ def train(
         raise InputError(f"model.norm=sync: on {device.type} only with one rank; set model.norm=frozen or train")
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
+    timeline.done("staging")
     training, validation = read_labels(cfg.data, run_dir, tree)
+    timeline.done("labels")
     batches = loader.GlobalBatches(len(training), cfg.batch_size, cfg.seed)
     identity: dict[str, Any] = {
         "architecture": {"num_classes": 1 + len(training.classes), **cfg.model.architecture()},
@@ -112,7 +115,7 @@ def train(
 
     reader = reading.of(state.model)
     images = loader.Seeded(reader.examples(training, flip=True), cfg.seed)
-    metrics, save = hooks.standard(run_dir, state, cfg, payload, files_of)
+    metrics, save = saving.standard(run_dir, state, cfg, payload, files_of)
     how: dict[str, Any] = {"workers": cfg.workers, "device": device, "precision": precision}
     engine.fit(
         state,

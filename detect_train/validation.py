@@ -9,12 +9,13 @@ import torch
 
 from detect_train import reading
 from detect_train.inference import measure, predict
-from utils import dist
+from utils import dist, timeline
 from utils.engine import TrainState
 from utils.errors import Stopped
-from utils.hooks import Hook, SaveCheckpoints
+from utils.hooks import Hook
 from utils.labels import LabelIndex
 from utils.metrics import MetricsWriter
+from utils.saving import SaveCheckpoints
 
 
 class Validate(Hook):
@@ -57,6 +58,7 @@ class Validate(Hook):
                 f"Validation AP: {stats['AP']:.6f}, Is Best: {state.is_best}",
                 flush=True,
             )
+        timeline.done("validation")
 
 
 def predicted(state: TrainState, index: LabelIndex, save: SaveCheckpoints, **how: Any) -> np.ndarray:
@@ -68,5 +70,6 @@ def predicted(state: TrainState, index: LabelIndex, save: SaveCheckpoints, **how
     try:
         return predict(state.model, images, **how)
     except Stopped:
+        timeline.done("validation")
         save.now(state)  # the epoch's steps; the validation is done again
         raise

@@ -11,6 +11,7 @@ as many ranks as there are cores.
 DIR/eval_<jobid>.out   the report, written after the last image; `python -m evaluate.report` reads it
 DIR/eval_<jobid>.err   what was left out of the data, or why there is no report
 DIR/metrics.json       the report's numbers
+DIR/detections.npz     what was found, with the ground truth: for `python -m evaluate.compare` and the report's page
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import torch
 from detect_train import reading
 from detect_train.config import refused
 from detect_train.inference import measure, predict
-from evaluate import detector
-from utils import coco, dist, env, files, labels, log, mirror_views, paths, squashfs
+from evaluate import detections_file, detector
+from utils import coco, dist, env, files, labels, log, mirror_views, paths, squashfs, timeline
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             cause = str(error) if isinstance(error, RelayError) else traceback.format_exc()
             file.write(f"rank {dist.rank()}: ERROR {exit_code(error)}: {cause}\n")
         raise
-    outputs = {"report": out, "metrics": run_dir.report_json}
+    outputs = {"report": out, "metrics": run_dir.report_json, "detections": run_dir.detections}
     return {"outputs": outputs, "metrics": stats, "epochs": epochs}
 
 
@@ -72,9 +73,12 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     if problem := refused(cfg.device, saved["architecture"].get("head", "rcnn")):  # old ones do not name it
         raise InputError(f"{cfg.checkpoint}: {problem}")
     model, classes = detector.build(cfg.checkpoint, saved)
+    timeline.done("start-up")
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
+    timeline.done("staging")
     split, cache = cfg.data.split, run_dir.label_index(cfg.data.split)
     index = labels.load(tree, split, classes=classes, on_error=cfg.data.on_error, cache=cache)
+    timeline.done("labels")
     precision = resolve_precision(cfg.precision, device)
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -95,7 +99,9 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
         torch.set_num_threads(threads)
     stats, result = measure(index, detections, device, evaluator)
     if result:
+        detections_file.save(run_dir.detections, index, detections)
         write(cfg, run_dir, checkpoint, saved, index, machine, result)
+    timeline.saved("evaluation")
     return stats, saved["epochs_done"]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs import state, worker
+from jobs import page, state, worker
 from jobs.stages import Chain
 from utils import env, stop
 from utils.errors import EnvironmentProblem, RelayError, Stopped, cli
@@ -90,7 +90,11 @@ def silent_end(code: int, who: str) -> RelayError:
 
 def main(argv: Sequence[str] | None = None) -> None:
     code, *words = sys.argv[1:] if argv is None else argv
-    sys.exit(decide(*worker.parse(words), int(code), Path(os.environ["RELAY_DEATHS"])))
+    chain, stage, rest = worker.parse(words)
+    ends_with = decide(chain, stage, rest, int(code), Path(os.environ["RELAY_DEATHS"]))
+    if ends_with == 0 and (made := page.make(chain)):
+        print(made, flush=True)
+    sys.exit(ends_with)
 
 
 if __name__ == "__main__":

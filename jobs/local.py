@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs import state, status, store, worker
+from jobs import page, state, status, store, worker
 from jobs.after import silent_end
 from jobs.plan import Step
 from jobs.stages import Chain
@@ -105,4 +105,6 @@ def results(chain: Chain) -> str:
                         mirror_views.pull(chain.url(stage), chain.run_dir(stage).path)
                     report = Path(output["path"]).read_text().splitlines()
                     table = [line for line in report if line.lstrip().startswith("Average ")]
+    if made := page.make(chain):
+        lines.append(made)
     return "\n".join([*lines, "", *table])

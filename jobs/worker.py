@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jobs import stages, state, store
 from jobs.stages import Chain
-from utils import ahead, checkpoint_files, env, files, log, mirror, mirror_views, paths, run_lock, startup
+from utils import ahead, checkpoint_files, env, files, log, mirror, mirror_views, paths, run_lock, timeline
 from utils.errors import InputError, Stopped, cli
 from utils.paths import CHAIN_FILE, RunDir
 
@@ -60,9 +60,9 @@ def run(chain: Chain, stage: str, words: Sequence[str]) -> None:
             state.wait_until_running(chain, stage)
             ahead.begin(_to_hash(run_dir, resolved, sources, rank))
             program = importlib.import_module(chain.stages[stage].module)  # seconds, for torch
-            startup.done("imports")
+            timeline.done("start-up", "imports")
             inputs = _inputs(sources)
-            startup.done("inputs")
+            timeline.done("start-up", "inputs")
             if rank == 0:
                 state.update(chain, stage, inputs=inputs)
             given = {key: source["path"] for key, source in inputs.items() if source["from"]}

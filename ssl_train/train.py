@@ -35,13 +35,13 @@ from utils import (
     config,
     dist,
     engine,
-    hooks,
     image_cache,
     loader,
     mirror_views,
     optim,
     paths,
     resume,
+    saving,
     squashfs,
 )
 from utils.device import resolve_precision
@@ -116,7 +116,7 @@ def train(
         state,
         loader.make(views, batches, workers=cfg.workers, device=device, collate=loader.whole),
         contrastive_loss(dist.parallel(state.model, device), device),
-        hooks.standard(run_dir, state, cfg, payload, files_of),
+        saving.standard(run_dir, state, cfg, payload, files_of),
         epochs=cfg.epochs,
         schedule=optim.cosine(cfg.optim.lr, cfg.epochs),
         seed=cfg.seed,

@@ -29,6 +29,9 @@ def test_two_archives_become_a_detector_and_its_table(demo: tuple[Path, subproce
     assert float(table[13]) >= ENOUGH
     metrics = json.loads((here / "runs/demo/eval/metrics.json").read_text())
     assert f"{metrics['stats']['AP50']:.3f}" == table[13]
+    page = here / "runs/demo/report.html"
+    assert f"\nchain page: {page}\n" in done.stdout
+    assert table[13] in page.read_text() and "data:image/jpeg" in page.read_text()
     shown = re.findall(r"^\w+ \w+: (/\S+)$", done.stdout, re.MULTILINE)
     assert shown and all(Path(path).is_file() for path in shown)
 

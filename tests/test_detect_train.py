@@ -19,7 +19,7 @@ import torch
 from detect_train import train, validation
 from tests.labeled_set import write_example, write_label, write_set
 from tests.test_detect_model import moco, resnet
-from utils import checkpoint, checkpoint_files, coco, engine
+from utils import checkpoint, checkpoint_files, coco, engine, goodput
 from utils.errors import DivergedError, InputError, Stopped
 from utils.files import sha256
 from utils.paths import RunDir
@@ -110,6 +110,9 @@ def test_a_round_leaves_checkpoints_metrics_and_labels(r1: tuple[Path, dict[str,
     assert saved["kind"] == "detector" and saved["classes"] == ["cat", "dog"] and saved["step"] == 4
     assert saved["architecture"]["num_classes"] == 3 and saved["architecture"]["norm"] == "train"
     assert {path.name for path in (run.parent / "labels").glob("*.index")} == {"training.index", "validation.index"}
+    spent = goodput.stage(RunDir(run), None)
+    parts = {"start-up", "staging", "labels", "data wait", "compute", "validation", "saving"}
+    assert (spent.seconds.keys(), spent.problems, spent.restarts) == (parts, (), 0)
 
 
 def test_the_line_of_an_epoch(r1: tuple[Path, dict[str, Any]], printed: io.StringIO) -> None:

@@ -19,11 +19,12 @@ from PIL import Image
 from detect_train import model as detector
 from detect_train.data import DetectionImages
 from detect_train.inference import predict
-from evaluate import config, report, run
+from evaluate import analysis, config, detections_file, report, run
 from tests import ranks
-from utils import checkpoint, coco, coco_backends, env, images, labels, optim
+from utils import checkpoint, coco, coco_backends, env, goodput, images, labels, optim
 from utils.engine import TrainState
 from utils.errors import InputError, Stopped
+from utils.paths import RunDir
 from utils.tree import Folder
 
 CLASSES = ["cat", "cup or mug", "dog"]
@@ -108,6 +109,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, best: Path, dataset: Path
     return result
 
 
+def test_the_times_of_an_evaluation_add_up(finished: dict[str, Any]) -> None:
+    run_dir = RunDir(finished["outputs"]["report"].parent)
+    spent = goodput.stage(run_dir, None)
+    assert (spent.seconds.keys(), spent.problems) == ({"start-up", "staging", "labels", "evaluation"}, ())
+    (times,) = map(json.loads, (file.read_text() for file in run_dir.times.iterdir()))
+    assert (times["unsaved"], times["ended"]) == ({}, True)
+
+
 def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
     finished: dict[str, Any], best: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +150,11 @@ def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
     ):
         assert f"# {line}\n" in text
     assert "min_size [64]" in text
+    kept = detections_file.load(finished["outputs"]["detections"])
+    assert kept.detections.tobytes() == rows.tobytes()
+    assert (kept.boxes.tolist(), kept.fingerprint) == (index.boxes.tolist(), Folder(dataset).fingerprint)
+    assert kept.names[0] == "validation/images/30001.JPEG"
+    assert analysis.stats(kept) == expected.stats
     assert out.with_suffix(".err").read_text() == ""
     assert (result["device"], torch.get_num_threads()) == ("CPU, threads: 1", threads)
 
@@ -177,6 +191,7 @@ def test_two_ranks_report_the_numbers_of_one(
     answer = ranks.torchrun(2, "-m", "evaluate.run", *arguments(tmp_path, best, dataset))
     assert answer.returncode == 0, answer.stderr
     (out,) = tmp_path.glob("eval_*.out")
+    assert len(detections_file.load(tmp_path / "detections.npz").ids) == 5
     together = report.parse(out.read_text(), "report")
     assert together is not None
     assert (together["world_size"], together["images"]) == (2, 5)

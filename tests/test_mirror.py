@@ -17,7 +17,7 @@ import pytest
 from tests import ranks
 from tests.gcs_server import Fault, Server, gcs, hasty
 from tests.test_ssl_train import SMALL, write_images
-from utils import checkpoint_files, files, manifest, mirror_views, storage
+from utils import checkpoint_files, files, manifest, metrics, mirror_views, storage
 from utils.errors import CheckpointError, EnvironmentProblem, InputError
 from utils.mirror import Mirror
 from utils.paths import RunDir
@@ -202,4 +202,4 @@ def test_a_run_killed_and_its_disk_lost_goes_on_from_the_bucket(gcs: Server, tmp
 
 
 def losses(run_dir: RunDir) -> list[float]:
-    return [json.loads(line)["loss"] for line in run_dir.metrics.read_text().splitlines()]
+    return [line["loss"] for line in metrics.read(run_dir.metrics) if line["kind"] == "train"]

@@ -84,6 +84,9 @@ def test_every_command_works_as_it_stands(here: Path, cluster: Cluster) -> None:
     assert len(reports) == 4
     assert all(path.read_text().rstrip().endswith("# end of report") for path in reports)
     assert all(path.name in output for path in reports), "evaluate.report lists them"
+    pages = [here / "runs/mocov2_fpn/report.html", here / "runs/by_hand/report.html", here / "report.html"]
+    assert all("compute" in page.read_text() for page in pages), "the first two were made by the last job"
+    assert re.search(r"(?m)^AP50 ", outputs[next(block for block in BLOCKS if "evaluate.compare" in block)])
     config = (here / "runs/by_hand/r2/config.yaml").read_text()
     assert "lr: 0.001" in config, "extra arguments pass through sbatch"
 

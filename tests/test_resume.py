@@ -18,6 +18,8 @@ from tests.labeled_set import write_set
 from tests.test_detect_train import SMALL as SMALL_DETECTOR
 from tests.test_ssl_train import SMALL as SMALL_MOCO
 from tests.test_ssl_train import write_images
+from utils import goodput, metrics
+from utils.paths import RunDir
 
 
 @dataclass
@@ -46,10 +48,10 @@ class Program:
     def lines(self, name: str) -> list[dict[str, Any]]:
         return recorder.read(self.folder / f"{name}.jsonl")
 
-    def metrics(self, name: str) -> list[str]:
+    def metrics(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl without the rates."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [line.partition('"images_per_s"')[0] + line.partition('"loss"')[2] for line in lines]
+        lines = metrics.read(self.folder / name / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key not in metrics.TIMES} for line in lines]
 
 
 def killed(done: subprocess.CompletedProcess[str]) -> bool:
@@ -92,6 +94,8 @@ def test_pretraining_killed_twice_in_an_epoch(pretraining: Program) -> None:
     assert pretraining.start("cut").returncode == 0
     check_same(whole, pretraining.lines("cut"), [1, 2, 3, 3, 4, 5, *range(5, 15)])
     assert pretraining.metrics("cut") == pretraining.metrics("whole")
+    spent = goodput.stage(RunDir(pretraining.folder / "cut"), None)
+    assert (spent.restarts, spent.problems) == (2, ())
     backbones = [(pretraining.folder / name / "backbone.pth").read_bytes() for name in ("whole", "cut")]
     assert backbones[0] == backbones[1]
 

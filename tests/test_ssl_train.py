@@ -18,7 +18,7 @@ from PIL import Image
 from ssl_train import export, train
 from ssl_train.config import DEFAULT, Config, parse
 from ssl_train.model import MoCo
-from utils import checkpoint, config
+from utils import checkpoint, config, metrics
 from utils.errors import InputError, exit_code
 from utils.paths import RunDir
 
@@ -55,15 +55,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, d
 
 def records(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in RunDir(run).metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in metrics.TIMES} for line in lines]
 
 
 def test_a_run_writes_what_the_next_stage_needs(whole: tuple[Path, dict[str, Any]]) -> None:
     run, result = whole
     last, backbone = run / "checkpoints" / "checkpoint_0001.pth", run / "backbone.pth"
     assert result["outputs"] == {"last": last, "backbone": backbone} and result["epochs"] == 2
-    written = records(run)
+    written = [record for record in records(run) if record["kind"] == "train"]
     assert [record["step"] for record in written] == [2, 3, 5, 6]
+    epochs = [record for record in records(run) if record["kind"] == "epoch"]
+    assert [record["loss_avg"] for record in epochs][1] == result["metrics"]["loss"]
+    assert {"train_log.csv", "hyperparam.csv", "times"} < {path.name for path in run.iterdir()}
     assert [record["lr"] for record in written] == pytest.approx([0.05, 0.05, 0.025, 0.025])
     second = [written[2]["loss"], written[2]["loss"], written[3]["loss"]]  # two steps and one
     assert result["metrics"]["loss"] == pytest.approx(np.mean(second), rel=1e-5)
@@ -221,4 +224,4 @@ def test_the_quick_test_is_six_steps_of_one_epoch(tmp_path: Path) -> None:
     data = write_images(tmp_path / "images", 40)
     result = pretrain(tmp_path / "run", data, "--test", "true", epochs=9)
     assert result["epochs"] == 1
-    assert [line["step"] for line in records(tmp_path / "run")] == [2, 4, 6]
+    assert [line["step"] for line in records(tmp_path / "run") if line["kind"] == "train"] == [2, 4, 6]

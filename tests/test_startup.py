@@ -74,16 +74,15 @@ def test_the_worker_refuses_before_it_imports_the_program(tmp_path: Path) -> Non
 
 def test_the_first_step_tells_the_phases_once() -> None:
     code = """
-from types import SimpleNamespace
-from utils import log, startup
+from utils import log, timeline
 log.setup(0, log.Path("/dev/null"))
-began = startup._ended[0][1]
-assert 0 <= startup.time.clock_gettime(startup.time.CLOCK_BOOTTIME) - began < 600, began
+began = timeline._started()
+assert 0 <= timeline.clock() - began < 600, began
 now = iter(began + seconds for seconds in (1, 3, 3.5, 6, 6.25, 9, 9))
-startup.time = SimpleNamespace(clock_gettime=lambda clock: next(now), CLOCK_BOOTTIME=0)
+timeline.clock = lambda: next(now)
 for phase in ("imports", "data", "model", "data"):
-    startup.done(phase)
-startup.first_step(); startup.done("data"); startup.first_step()
+    timeline.done("start-up", phase)
+timeline.first_step(); timeline.done("start-up", "data"); timeline.first_step()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()

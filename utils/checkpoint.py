@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import checkpoint_files, dist, files, log, run_lock, startup
+from utils import checkpoint_files, dist, files, log, run_lock, timeline
 from utils.checkpoint_files import BEST
 from utils.device import kind_of, on_host
 from utils.errors import InputError
@@ -33,7 +33,7 @@ def conditions(cfg: Training, *, data: str, device: torch.device, precision: str
         data: fingerprint of the training data.
         own: what the program adds, such as the learning rate.
     """
-    startup.done("data")  # it is there: `data` is its fingerprint
+    timeline.done("staging", "data")  # it is there: `data` is its fingerprint
     return {
         "world_size": dist.size(),
         "batch_size": cfg.batch_size,
@@ -144,7 +144,7 @@ def load(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: incomplete, without {', '.join(sorted(missing))}; {remedy}")
     if content["kind"] != kind:
         raise InputError(f"{path}: a {content['kind']} checkpoint, not a {kind}; {remedy}")
-    startup.done("checkpoint")
+    timeline.done("start-up", "checkpoint")
     log.info(f"{path}: {kind} after {content['epochs_done']} epochs, {content['step']} steps")
     return content
 

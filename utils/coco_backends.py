@@ -10,13 +10,16 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from utils import log
 from utils.coco_names import Evaluator
 from utils.errors import InputError
+
+if TYPE_CHECKING:
+    from hotcoco import COCOeval
 
 Library = Literal["hotcoco", "pycocotools"]
 
@@ -71,8 +74,13 @@ def curves(evaluator: Evaluator, truth: Truth, detections: np.ndarray) -> Curves
 
 
 def by_hotcoco(truth: Truth, detections: np.ndarray) -> Curves:
-    """Nothing here grows with the number of boxes but arrays.
+    return curves_of(hotcoco_evaluator(truth, detections))
 
+
+def hotcoco_evaluator(truth: Truth, detections: np.ndarray) -> COCOeval:
+    """hotcoco's evaluator, evaluated and accumulated: its boxes have the ids 1..M, its detections 1..n, in our order.
+
+    Nothing here grows with the number of boxes but arrays.
     It computes with threads, which do not outlive a fork: a process that has evaluated must not fork one that will.
     """
     from hotcoco import COCO, COCOeval
@@ -84,8 +92,7 @@ def by_hotcoco(truth: Truth, detections: np.ndarray) -> Curves:
     evaluator = COCOeval(real, real.load_res(_results(detections)), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
-    assert evaluator.eval is not None
-    return _curves(evaluator.eval)
+    return evaluator
 
 
 def by_pycocotools(truth: Truth, detections: np.ndarray) -> Curves:
@@ -113,7 +120,7 @@ def by_pycocotools(truth: Truth, detections: np.ndarray) -> Curves:
         evaluator = COCOeval(real, found, "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
-    return _curves(evaluator.eval)
+    return curves_of(evaluator)
 
 
 LIBRARIES: dict[Library, Callable[[Truth, np.ndarray], Curves]] = {
@@ -148,5 +155,6 @@ def _reference(dataset: dict[str, Any]) -> Any:
     return result
 
 
-def _curves(found: dict[str, Any]) -> Curves:
-    return Curves(found["precision"], found["recall"], found["scores"])
+def curves_of(evaluator: Any) -> Curves:
+    """The curves of either library's evaluator, accumulated."""
+    return Curves(evaluator.eval["precision"], evaluator.eval["recall"], evaluator.eval["scores"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import socket
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import device as devices
-from utils import env, log, mirror, paths, rendezvous, run_lock, startup, stop
+from utils import env, log, mirror, paths, rendezvous, run_lock, stop, timeline
 from utils.device import on_host
 from utils.errors import Stopped, error_like, exit_code, explained, one_line
 from utils.paths import RunDir
@@ -38,7 +37,7 @@ def session(
     InputError when the directory is another run's.
     """
     global _patience, _host_group
-    startup.done("imports")
+    timeline.done("start-up", "imports")
     world, _patience = env.world(), timeout
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
@@ -52,7 +51,8 @@ def session(
         chosen = devices.pick(device, world)
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // world.local_size)
         torch.set_num_threads(max(1, cores - workers))
-        log.info(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {devices.describe(chosen)}")
+        log.info(f"rank {world.rank} of {world.size} on {os.uname().nodename}: {devices.describe(chosen)}")
+        stack.enter_context(timeline.kept(run_dir, world, devices.describe(chosen)))
         if world.size > 1:
             dist.init_process_group(
                 devices.BACKENDS.get(chosen.type, "gloo"),
@@ -63,7 +63,7 @@ def session(
                 device_id=chosen if chosen.type == "cuda" else None,
             )
             _host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-        startup.done("session")
+        timeline.done("start-up", "session")
         try:
             yield chosen
         except Stopped:

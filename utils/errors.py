@@ -36,6 +36,12 @@ class DivergedError(RelayError):
     exit_code = 4
 
 
+class CheckFailed(RelayError):
+    """A number is not what the command line asks of it."""
+
+    exit_code = 5
+
+
 class EnvironmentProblem(RelayError):
     """The machine, not the user: disk, port, scheduler, half-set rank variables."""
 

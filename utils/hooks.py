@@ -1,31 +1,33 @@
-"""What happens around the training loop: methods that do nothing, and the two hooks every program uses."""
+"""What happens around the training loop: methods that do nothing, and the hook that writes its numbers."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from utils import checkpoint, dist, log, startup, stop, upload
+from utils import dist, log, metrics_csv, progress, timeline
 from utils.device import on_host
-from utils.errors import DivergedError, Stopped
-from utils.metrics import MetricsWriter
+from utils.errors import DivergedError
+from utils.metrics import MetricsWriter, Since
 from utils.paths import RunDir
-from utils.shared_config import Checkpoint, Training
 
 if TYPE_CHECKING:
     from utils.engine import TrainState
 
 SHOWN = 8  # names in a message
-LONG_SAVE = 0.1  # share of the time between two saves
 
 
 class Hook:
     """A hook overrides what it needs. Hooks run in the order they are given."""
+
+    def around(self, state: TrainState) -> contextlib.AbstractContextManager[object]:
+        """What holds from before the first epoch until training ends, whatever ends it."""
+        return contextlib.nullcontext()
 
     def before_epoch(self, state: TrainState) -> None: ...
 
@@ -52,17 +54,25 @@ class LogMetrics(Hook):
     ) -> None:
         self.writer, self.every, self.batch_size, self.files = writer, every, batch_size, files
         self.pending: list[dict[str, torch.Tensor]] = []
-        self.since = time.monotonic()
+        self.last = self.epoch = self.first = Since.now(0)  # record; beginning of the epoch; step of this process
+        self.is_warm = False
+
+    def around(self, state: TrainState) -> contextlib.AbstractContextManager[object]:
+        self.first, name = Since.now(state.step), self.writer.path.parent.name
+        self.progress = progress.Training(name, state.epochs, state.last_step, is_shown=dist.rank() == 0)
+        return self.progress
 
     def before_epoch(self, state: TrainState) -> None:
-        startup.done("model")
-        self.since = time.monotonic()
+        self.last = self.epoch = Since.now(state.step)
 
     def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
-        startup.first_step()
+        timeline.first_step()
+        self.progress.step(state.epoch, state.step)
         self.pending.append({name: value.detach() for name, value in numbers.items()})
         if state.batch % self.every == 0:
             self._write(state, self.every)
+        if not self.is_warm:  # how long the first step takes says nothing of the others
+            self.is_warm, self.first = True, Since.now(state.step)
 
     def before_end(self, state: TrainState) -> None:
         if rest := state.batch % self.every:
@@ -70,9 +80,16 @@ class LogMetrics(Hook):
         self.check_weights(state)  # before a validation fails for them
         averages = {f"{name}_avg": statistics.fmean(row[name] for row in state.rows) for name in state.rows[0]}
         state.summary = averages | {"loss_median": statistics.median(row["loss"] for row in state.rows)}
+        if dist.rank() == 0:
+            rates = self.epoch.rates(state.step, self.batch_size) | {"seconds": timeline.clock() - self.epoch.at}
+            lr = state.optimizer.param_groups[0]["lr"]
+            self.writer.write("epoch", epoch=state.epoch, step=state.step, lr=lr, **rates, **state.summary)
+        timeline.done("compute")
 
     def after_epoch(self, state: TrainState) -> None:
         state.rows = []
+        if dist.rank() == 0:
+            metrics_csv.write_log(RunDir(self.writer.path.parent))
 
     def fetch(self, state: TrainState) -> None:
         """Bring `state.rows` up to date. Raises: DivergedError if a loss, or a weight now, is not finite."""
@@ -106,86 +123,12 @@ class LogMetrics(Hook):
         self.fetch(state)
         rows = state.rows[-count:]
         averages = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-        rate = count * self.batch_size / (time.monotonic() - self.since)
+        left = self.first.left(state.step, state.last_step)
+        rates = {**self.last.rates(state.step, self.batch_size), "left_s": left}
         lr = state.optimizer.param_groups[0]["lr"]
         if dist.rank() == 0:
-            self.writer.write("train", epoch=state.epoch, step=state.step, lr=lr, images_per_s=rate, **averages)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in averages.items())
-        log.info(f"epoch {state.epoch}  step {state.step}  {shown}  lr {lr:.2g}  {rate:.1f} images/s")
-        self.since = time.monotonic()
-
-
-SAVE, STOP = 1, dist.STOP  # wishes, the greater one wins
-
-
-class SaveCheckpoints(Hook):
-    """Saves after each epoch, every so many steps or minutes, and when a signal asks for the end.
-
-    Rank 0 saves `payload(state)` while the others wait. Stands last, and knows the hook that checks the numbers.
-
-    Raises: Stopped on every rank after the same step, once that is saved.
-    """
-
-    def __init__(
-        self,
-        run_dir: RunDir,
-        payload: Callable[[TrainState], dict[str, Any]],
-        when: Checkpoint,
-        metrics: LogMetrics,
-    ) -> None:
-        self.run_dir, self.payload, self.when, self.metrics = run_dir, payload, when, metrics
-        self.wishes, self.saved_at, self.asked = dist.Wishes(), time.monotonic(), False
-        self.just_saved = False
-
-    def after_step(self, state: TrainState, numbers: dict[str, torch.Tensor]) -> None:
-        wish = self.wishes.exchange(self._wish())
-        if wish == SAVE and self.just_saved and dist.size() > 1:
-            wish = 0  # wished for a step ago, before that save
-        self.just_saved = False
-        if wish or (self.when.every_steps and state.step % self.when.every_steps == 0):
-            self.now(state)
-        if wish == STOP:
-            raise Stopped(
-                f"stopped by {stop.told()} after step {state.step}, which is saved; the same again goes on there"
-            )
-
-    def after_epoch(self, state: TrainState) -> None:
-        self.now(state)
-
-    def _wish(self) -> int:
-        if stop.requested():
-            return STOP
-        minutes = (time.monotonic() - self.saved_at) / 60
-        # once, by one clock: the answer comes a step later, and must not be followed by another
-        if dist.rank() or self.asked or not self.when.every_minutes or minutes < self.when.every_minutes:
-            return 0
-        self.asked = True
-        return SAVE
-
-    def now(self, state: TrainState) -> None:
-        """Save, all ranks together. Raises: DivergedError, EnvironmentProblem."""
-        self.metrics.fetch(state)
-        self.metrics.check_weights(state)
-        began = time.monotonic()
-        path = checkpoint.save(self.run_dir, self.payload(state)) if dist.rank() == 0 else None
-        upload.push(self.run_dir)
-        if path:
-            seconds, between = time.monotonic() - began, began - self.saved_at
-            log.info(f"{path.name} saved in {seconds:.2f} s")
-            if seconds > LONG_SAVE * between and between > 60:
-                log.warning(f"that is {seconds / between:.0%} of the time since the one before: save less often?")
-        self.saved_at, self.asked, self.just_saved = time.monotonic(), False, True
-
-
-def standard(
-    run_dir: RunDir,
-    state: TrainState,
-    cfg: Training,
-    payload: Callable[[TrainState], dict[str, Any]],
-    files: Callable[[int, int], Sequence[str]],
-) -> tuple[LogMetrics, SaveCheckpoints]:
-    """The two hooks for a run at `state`; what stands between them runs between them."""
-    # the last line that was written until there: an epoch's lines stand at multiples of log_every
-    writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % cfg.log_every)
-    metrics = LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size, files=files)
-    return metrics, SaveCheckpoints(run_dir, payload, cfg.checkpoint, metrics)
+            steps = {"steps": state.last_step}
+            self.writer.write("train", epoch=state.epoch, step=state.step, lr=lr, **rates, **steps, **averages)
+        is_last = state.batch == state.batches
+        self.progress.numbers(state.epoch, state.step, averages, lr, rates, is_last=is_last)
+        self.last = Since.now(state.step)

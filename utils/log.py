@@ -6,11 +6,24 @@ import faulthandler
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger("relay")
+detail = logger.debug  # to the rank's own file only
 info = logger.info
 warning = logger.warning
 FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Prints to what standard output is by then: a progress bar replaces it, to print above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self, logging.INFO)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
 
 
 def setup(rank: int, file: Path) -> None:
@@ -24,10 +37,10 @@ def setup(rank: int, file: Path) -> None:
         old.close()
     handlers: list[logging.Handler] = [logging.FileHandler(file)]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(_Console())
     for handler in handlers:
         handler.setFormatter(FORMAT)
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     faulthandler.enable(handlers[0].stream)  # type: ignore[attr-defined]

@@ -1,4 +1,9 @@
-"""Metrics: one JSON object a line. Console lines, reports and plots are renderings of it."""
+"""Metrics: one JSON object a line. Console lines, reports and plots are renderings of it.
+
+Kinds: "train" every `log_every` steps, with the rates of `Since`, `steps`, the stage's last one, and `left_s`, the
+seconds until then (null when it is not known yet); "epoch" when an epoch's training ends, with its averages and its
+`seconds`; "val" when it was validated. An epoch that was interrupted has the rates and seconds of its last attempt.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,13 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from utils import timeline
 from utils.errors import InputError
 from utils.files import write_text
+
+TIMES = ("images_per_s", "data_wait", "left_s", "seconds")  # in no two runs the same
 
 
 class MetricsWriter:
@@ -35,6 +43,28 @@ class MetricsWriter:
             self.started = True
         with open(self.path, "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
+
+
+class Since(NamedTuple):
+    """A moment of a run, from which rates count."""
+
+    at: float
+    waited: float  # seconds for data, until then
+    step: int
+
+    @classmethod
+    def now(cls, step: int) -> Since:
+        return cls(timeline.clock(), timeline.spent("data wait"), step)
+
+    def rates(self, step: int, batch_size: int) -> dict[str, float]:
+        """`images_per_s`, and `data_wait`: the share of the time in which there was nothing to compute on, 0 to 1."""
+        seconds = timeline.clock() - self.at
+        waited = timeline.spent("data wait") - self.waited
+        return {"images_per_s": (step - self.step) * batch_size / seconds, "data_wait": waited / seconds}
+
+    def left(self, step: int, last: int) -> float | None:
+        """Seconds until step `last` if all goes on as it went since; None when there was no step yet."""
+        return (timeline.clock() - self.at) / (step - self.step) * (last - step) if step > self.step else None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,6 @@ RUNS = ROOT / "runs"
 CHAIN_FILE = ROOT / "jobs" / "chain.yaml"
 SHARED = ("archives", "labels", "staged", "submitted")  # folders of a chain beside its stages
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -26,6 +25,16 @@ def check_name(name: str, what: str = "name") -> str:
     if not NAME.fullmatch(name) or set(name) == {"."}:
         raise InputError(f"{what} {name!r}: use 1 to 64 of A-Z a-z 0-9 . _ -")
     return name
+
+
+class Below:
+    """A path in its owner's directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: RunDir | ChainDir, _: type) -> Path:
+        return owner.path / self.name
 
 
 @dataclass(frozen=True)
@@ -46,44 +55,23 @@ class RunDir:
         name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', text)}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return cls(RUNS / ".remote" / name / "run", text) if file is None else cls(file)
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def state(self) -> Path:
-        return self.path / "state.json"
-
-    @property
-    def state_lock(self) -> Path:
-        """Held by a rank that changes the marker."""
-        return self.path / ".state.lock"
-
-    @property
-    def room(self) -> Path:
-        """Space for the marker's last words, should the disk be full then."""
-        return self.path / ".room"
+    config = Below("config.yaml")
+    hyperparam = Below("hyperparam.csv")  # the same, a key a line
+    metrics = Below("metrics.jsonl")
+    train_log = Below("train_log.csv")  # of the metrics, an epoch a line
+    times = Below("times")  # see `attempt`
+    checkpoints = Below("checkpoints")
+    logs = Below("logs")
+    state = Below("state.json")
+    state_lock = Below(".state.lock")  # held by a rank that changes the marker
+    room = Below(".room")  # space for the marker's last words, should the disk be full then
+    backbone = Below("backbone.pth")  # the exported query encoder of a pretraining stage
+    report_json = Below("metrics.json")
+    detections = Below("detections.npz")
 
     def claim(self, number: int) -> Path:
         """Who may write here, see utils/run_lock.py."""
         return self.path / f".claim_{number}.json"
-
-    @property
-    def backbone(self) -> Path:
-        """The exported query encoder of a pretraining stage."""
-        return self.path / "backbone.pth"
 
     def label_index(self, split: str) -> Path:
         """The cached label index of one split, shared by the stages of a chain."""
@@ -93,6 +81,10 @@ class RunDir:
     def archives(self) -> Path:
         """Which archives the stages of a chain were given: a file with the sha256 of each."""
         return self.path.parent / "archives"
+
+    def attempt(self, job_id: str, restarts: int, began: float) -> Path:
+        """What one attempt, begun at that Unix time, has spent its time on; see utils/timeline.py."""
+        return self.times / f"{job_id}_{restarts}_{began:.2f}.json"
 
     def rank_log(self, job_id: str, restarts: int, rank: int) -> Path:
         return self.logs / f"{job_id}_{restarts}_rank{rank}.log"
@@ -104,10 +96,6 @@ class RunDir:
     def report(self, job_id: str) -> Path:
         """The evaluation report; `eval_<jobid>.err` and `metrics.json` lie beside it."""
         return self.path / f"eval_{job_id}.out"
-
-    @property
-    def report_json(self) -> Path:
-        return self.path / "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -125,20 +113,10 @@ class ChainDir:
             raise InputError(f"stage name {stage!r}: the chain's directory has a folder of that name")
         return RunDir(self.path / check_name(stage, "stage name"))
 
-    @property
-    def jobs(self) -> Path:
-        """What the launcher submitted: stage -> job id."""
-        return self.path / "jobs.json"
-
-    @property
-    def submitted(self) -> Path:
-        """Scripts and output of the jobs the launcher submitted."""
-        return self.path / "submitted"
-
-    @property
-    def lock(self) -> Path:
-        """Held by a launcher while it submits or runs stages."""
-        return self.path / ".lock"
+    jobs = Below("jobs.json")  # what the launcher submitted: stage -> job id
+    submitted = Below("submitted")  # scripts and output of the jobs the launcher submitted
+    page = Below("report.html")  # about the whole chain
+    lock = Below(".lock")  # held by a launcher while it submits or runs stages
 
 
 def chains() -> list[str]:
@@ -147,10 +125,7 @@ def chains() -> list[str]:
 
 
 def node_disk() -> Path | None:
-    """The node's own disk, if the site names one.
-
-    `SLURM_TMPDIR` is set by many sites per job; `RELAY_SCRATCH` is ours, from `slurm/site.sh`.
-    """
+    """The node's own disk: `SLURM_TMPDIR`, which many sites set per job, or our `RELAY_SCRATCH` of `slurm/site.sh`."""
     value = os.environ.get("SLURM_TMPDIR") or os.environ.get("RELAY_SCRATCH")
     return Path(os.path.abspath(value)) if value else None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint, checkpoint_files, config, dist, env, files, log, paths
+from utils import checkpoint, checkpoint_files, config, dist, env, files, log, metrics_csv, paths
 from utils.errors import CheckpointError, InputError
 
 
@@ -28,6 +28,7 @@ def begin(
     if dist.rank() == 0:
         make_room(run_dir.checkpoints, saved if same_round else None)
         files.write_text(run_dir.config, config.to_yaml(cfg))
+        metrics_csv.write_settings(run_dir, cfg)
     return path, saved, same_round
 
 

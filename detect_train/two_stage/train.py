@@ -39,12 +39,13 @@ from utils import (
     config,
     dist,
     engine,
-    hooks,
     loader,
     mirror_views,
     paths,
     resume,
+    saving,
     squashfs,
+    timeline,
 )
 from utils.device import resolve_precision
 from utils.engine import LossFn, TrainState
@@ -83,7 +84,9 @@ def train(
     """Train to the part's last iteration, from `saved` or from the stages before; a checkpoint after each epoch."""
     precision = resolve_precision(cfg.precision, device)
     tree = squashfs.stage(cfg.data.labeled, paths.staging_root(run_dir), run_dir.archives, cfg.data.stage)
+    timeline.done("staging")
     training, validation = read_labels(cfg.data, run_dir, tree)
+    timeline.done("labels")
     identity: dict[str, Any] = {
         "architecture": architecture(cfg, len(training.classes)),
         "classes": list(training.classes),
@@ -110,7 +113,7 @@ def train(
 
     reader = reading.of(state.model)
     images = loader.Seeded(reader.examples(training, flip=True), cfg.seed)
-    metrics, save = hooks.standard(run_dir, state, cfg, payload, files_of)
+    metrics, save = saving.standard(run_dir, state, cfg, payload, files_of)
     how: dict[str, Any] = {"workers": cfg.workers, "device": device, "precision": precision}
     measure = Recall if cfg.part == "unet" else Validate
     validate = measure(validation, metrics.writer, save, batch_size=cfg.batch_size // dist.size(), **how)

@@ -9,11 +9,12 @@ import torch
 
 from detect_train.geometry import iou
 from detect_train.validation import predicted
-from utils import dist
+from utils import dist, timeline
 from utils.engine import TrainState
-from utils.hooks import Hook, SaveCheckpoints
+from utils.hooks import Hook
 from utils.labels import LabelIndex
 from utils.metrics import MetricsWriter
+from utils.saving import SaveCheckpoints
 
 OVERLAP = 0.5  # IoU from which on a proposal has found an object
 
@@ -48,6 +49,7 @@ class Recall(Hook):
             loss, classes = state.summary["loss_avg"], ", ".join(f"{name} {each:.3f}" for name, each in shares.items())
             line = f"Epoch Stats [{state.epoch}] - Loss Avg: {loss:.6f}, Proposal Recall: {recall:.6f} ({classes})"
             print(line, flush=True)
+        timeline.done("validation")
 
 
 def recalled(index: LabelIndex, proposals: np.ndarray) -> np.ndarray:

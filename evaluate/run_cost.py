@@ -1,0 +1,58 @@
+"""What led to a run: its stages' settings and what they cost, beside another run's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from evaluate.chain_files import StageFiles, is_number
+from utils import goodput
+
+WAITING = ("queue", "between attempts")  # no device is held
+
+
+def changes(before: Sequence[StageFiles], now: Sequence[StageFiles]) -> list[str]:
+    """`stage key A -> B` of what is set differently, and the stages that only one has."""
+    one, two = ({stage.name: stage.config for stage in stages} for stages in (before, now))
+    lines = []
+    for name in (*one, *(name for name in two if name not in one)):
+        if not (one.get(name) and two.get(name)):
+            lines.append(f"{name}: only in {'A' if one.get(name) else 'B'}")
+            continue
+        mine, theirs = one[name], two[name]
+        for key in (*mine, *(key for key in theirs if key not in mine)):
+            values = [str(each[key]) if key in each else "not there" for each in (mine, theirs)]
+            if key != "run_dir" and values[0] != values[1]:
+                lines.append(f"{name} {key}  {values[0]} -> {values[1]}")
+    return lines
+
+
+def costs(before: Sequence[StageFiles], now: Sequence[StageFiles]) -> list[str]:
+    """Device hours, and images a second of each training stage; none of runs that are a file only."""
+    if not (before or now):
+        return []
+    lines = [f"time      {'; '.join(_hours(stages) for stages in (before, now))}"]
+    rates = [{stage.name: rate for stage in stages if (rate := _rate(stage))} for stages in (before, now)]
+    for name in (*rates[0], *(name for name in rates[1] if name not in rates[0])):
+        shown = [f"{each[name]:,.1f}" if name in each else "n/a" for each in rates]
+        lines.append(f"images/s  {name}: {'; '.join(shown)}")
+    return lines
+
+
+def _hours(stages: Sequence[StageFiles]) -> str:
+    """Ranks times the hours they ran, by device; else the hours the markers tell of."""
+    spent = [goodput.stage(stage.run_dir, stage.submitted) for stage in stages if stage.marker or stage.records]
+    if spent and all(each.wall for each in spent):
+        devices: dict[str, float] = {}
+        for each in spent:
+            busy = sum(seconds for part, seconds in each.seconds.items() if part not in WAITING)
+            devices[each.device] = devices.get(each.device, 0.0) + each.world_size * busy / 3600
+        return ", ".join(f"{hours:.2f} h of {device}" for device, hours in devices.items())
+    known = [stage.seconds for stage in stages if stage.seconds is not None]
+    return f"{sum(known) / 3600:.2f} h of the last attempts" if known else "n/a"
+
+
+def _rate(stage: StageFiles) -> float | None:
+    """The median of the records."""
+    rates = [record["images_per_s"] for record in stage.of_kind("train") if is_number(record.get("images_per_s"))]
+    return statistics.median(rates) if rates else None

@@ -1,0 +1,200 @@
+"""What a stage's wall time was spent on, over all its attempts, and what to change about the biggest loss. Torch-free.
+
+An attempt's file is written by utils/timeline.py. Its parts are measured by one clock, its beginning and its end by
+another: where they differ, something was not counted, or twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.paths import RunDir
+
+PARTS = (
+    "queue", "start-up", "staging", "labels", "data wait", "compute", "validation", "evaluation", "saving", "redone",
+    "between attempts",
+)  # fmt: skip
+WORK = ("compute", "evaluation")  # what a stage is for
+SLACK, SHARE = 1.0, 0.001  # seconds, and of the wall time, by which sums may be wrong
+WORTH = 0.1  # of the wall time: smaller losses are not named
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one process of rank 0 has kept; times in Unix seconds."""
+
+    file: Path
+    began: float
+    at: float  # of the last writing
+    world_size: int
+    device: str
+    cores: int  # of a rank
+    seconds: dict[str, float]
+    unsaved: dict[str, float]  # of `seconds`, what was not in a checkpoint yet
+
+    @classmethod
+    def read(cls, file: Path) -> Attempt:
+        """Raises: InputError when the file is damaged."""
+        try:
+            content = json.loads(file.read_text())
+            numbers = {name: float(content[name]) for name in ("began", "at")}
+            counts = {name: int(content[name]) for name in ("world_size", "cores")}
+            parts = {
+                name: {str(part): float(seconds) for part, seconds in content[name].items()}
+                for name in ("seconds", "unsaved")
+            }
+            found = cls(file=file, device=str(content["device"]), **numbers, **counts, **parts)  # type: ignore[arg-type]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: damaged, left out: {type(error).__name__}: {error}") from None
+        if unknown := {*found.seconds, *found.unsaved} - set(PARTS):
+            raise InputError(f"{file}: damaged, left out: parts {', '.join(sorted(unknown))}")
+        return found
+
+    def problems(self) -> list[str]:
+        """What does not add up."""
+        wall, total = self.at - self.began, sum(self.seconds.values())
+        found = []
+        if abs(total - wall) > SLACK + SHARE * abs(wall):
+            found.append(f"{self.file}: its parts are {total - wall:+.1f} s from its wall time of {wall:.1f} s")
+        more = [part for part, seconds in self.unsaved.items() if seconds > self.seconds.get(part, 0.0) + SLACK]
+        return found + [f"{self.file}: more {part} is unsaved than there was" for part in more]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A stage's wall time."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # of each of PARTS that took time
+    wall: float = 0.0  # from when it was submitted, or begun, to the newest writing
+    restarts: int = 0  # attempts after the first
+    world_size: int = 0  # of the last attempt, and so for the next two
+    device: str = ""
+    cores: int = 0  # of a rank
+    problems: tuple[str, ...] = ()  # what is damaged or does not add up
+
+
+def stage(run_dir: RunDir, submitted: float | None) -> Spent:
+    """What is known of a stage's wall time; without any attempt's file, nothing.
+
+    Args:
+        submitted: Unix time since which its job could have run; None outside a queue.
+    """
+    attempts, problems = [], []
+    for file in run_dir.times.glob("*.json"):
+        try:
+            attempts.append(Attempt.read(file))
+        except InputError as error:
+            problems.append(str(error))
+    if not attempts:
+        return Spent(problems=(*problems, f"{run_dir.times}: no times were kept"))
+    attempts.sort(key=lambda attempt: attempt.began)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    if submitted is not None:
+        seconds["queue"] = _gap(
+            submitted, attempts[0].began, f"{attempts[0].file}: begun before it was submitted,", problems
+        )
+    for number, attempt in enumerate(attempts):
+        problems += attempt.problems()
+        for part, spent in attempt.seconds.items():
+            seconds[part] += spent
+        if number + 1 < len(attempts):
+            follows = attempts[number + 1]
+            said = f"{follows.file}: begun before {attempt.file.name} ended,"
+            seconds["between attempts"] += _gap(attempt.at, follows.began, said, problems)
+            for part, lost in attempt.unsaved.items():
+                seconds[part] -= lost
+                seconds["redone"] += lost
+    last = attempts[-1]
+    return Spent(
+        {part: value for part, value in seconds.items() if value},
+        last.at - (attempts[0].began if submitted is None else min(submitted, attempts[0].began)),
+        len(attempts) - 1,
+        last.world_size,
+        last.device,
+        last.cores,
+        tuple(problems),
+    )
+
+
+def _gap(before: float, after: float, said: str, problems: list[str]) -> float:
+    """Seconds between two moments; a problem when they are the wrong way round."""
+    if before - after > SLACK:
+        problems.append(f"{said} by {before - after:.1f} s")
+    return max(0.0, after - before)
+
+
+def advice(spent: Spent, config: Mapping[str, Any]) -> str:
+    """The biggest loss of a stage and what to change about it. Args: config: the stage's, as in its config.yaml."""
+    losses = {part: seconds for part, seconds in spent.seconds.items() if part not in WORK}
+    worst = max(losses, key=lambda part: losses[part], default=None)
+    if worst is None or losses[worst] <= WORTH * spent.wall:
+        return "nothing above 10 %"
+    name, what = REMEDIES[worst]
+    return f"{losses[worst] / spent.wall:.0%} {name}: ".replace("%", " %", 1) + what(spent, config)
+
+
+def _data(spent: Spent, config: Mapping[str, Any]) -> str:
+    data, workers = config["data"], config["workers"]
+    source = str(data["labeled"] if "labeled" in data else data["unlabeled"])
+    ways = []
+    if workers < spent.cores - 1:  # the step itself needs one
+        ways.append(f"raise workers from {workers} to {spent.cores - 1}")
+    else:
+        ways.append(f"ask for more cores than {spent.cores} a rank, and as many workers")
+    if not Path(source).suffix:
+        ways.append(f"pack {source} into an archive")
+    if "cache" in data and data["cache"] is None:
+        ways.append("set data.cache to a folder of the node's disk")
+    return ", or ".join(ways)
+
+
+def _staging(spent: Spent, config: Mapping[str, Any]) -> str:
+    if config["data"]["stage"] != "direct":
+        return f"set data.stage=direct instead of {config['data']['stage']}"
+    return "keep the data on a disk that outlives the job, or run longer jobs"
+
+
+def _validation(spent: Spent, config: Mapping[str, Any]) -> str:
+    ways = f"more ranks than {spent.world_size} share it"
+    if "validate_every" in config:
+        ways += f", or raise validate_every from {config['validate_every']}"
+    return ways
+
+
+def _redone(spent: Spent, config: Mapping[str, Any]) -> str:
+    when = config["checkpoint"]
+    if not isinstance(when, Mapping):  # an evaluation's is the file it measures
+        return "an evaluation cannot go on within: ask for a --time that it fits in"
+    minutes = when["every_minutes"]
+    return f"lower checkpoint.every_minutes from {minutes:g}" if minutes else "set checkpoint.every_minutes, say to 15"
+
+
+def _saving(spent: Spent, config: Mapping[str, Any]) -> str:
+    when = config["checkpoint"]
+    if isinstance(when, Mapping):
+        for key in ("every_steps", "every_minutes"):
+            if when[key]:
+                return f"raise checkpoint.{key} from {when[key]:g}"
+    return "what is saved once an epoch and at the end is too slow to write: use a faster disk"
+
+
+def _always(what: str) -> Callable[[Spent, Mapping[str, Any]], str]:
+    return lambda spent, config: what
+
+
+REMEDIES = {
+    "queue": ("in the queue", _always("a shorter --time in the stage's #SBATCH header lets backfill take it")),
+    "start-up": ("starting up", _always("run longer jobs, or fewer stages")),
+    "staging": ("staging data", _staging),
+    "labels": ("reading labels", _always("stages of one chain share their index: run them as one chain")),
+    "data wait": ("waiting for data", _data),
+    "validation": ("validating", _validation),
+    "saving": ("saving", _saving),
+    "redone": ("done again after restarts", _redone),
+    "between attempts": ("between attempts", _always("a longer --time ends it in fewer jobs")),
+}
