@@ -114,7 +114,7 @@ def test_the_times_of_an_evaluation_add_up(finished: dict[str, Any]) -> None:
     spent = goodput.stage(run_dir, None)
     assert (spent.seconds.keys(), spent.problems) == ({"start-up", "staging", "labels", "evaluation"}, ())
     (times,) = map(json.loads, (file.read_text() for file in run_dir.times.iterdir()))
-    assert (times["unsaved"], times["ended"]) == ({}, True)
+    assert times["ended"] and times["unsaved"].get("evaluation", 0) < times["seconds"]["evaluation"]
 
 
 def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
