@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class StageFiles:
     marker: Mapping[str, Any]  # state.json; empty without one: the stage waits, or was run without the launcher
     config: Mapping[str, Any]  # dotted keys; empty before the stage begins
     records: Sequence[Mapping[str, Any]]  # metrics.jsonl
-    submitted: float | None  # unix seconds
+    could_run: float | None  # Unix seconds since which nothing but the queue kept its job from running
 
     @property
     def parents(self) -> list[str]:
@@ -93,16 +93,22 @@ class ChainFiles:
 def read(path: Path) -> ChainFiles:
     """A chain's directory. Raises: InputError when there is no stage in it."""
     path = path.resolve()
-    if not path.is_dir():
-        raise InputError(f"{path}: no such directory; give a chain's, such as runs/mocov2_fpn")
     problems: list[str] = []
     submitted = _mapping(path / "jobs.json", problems)
     folders = {entry.parent.name for sign in SIGNS for entry in path.glob(f"*/{sign}")} | set(submitted)
     names = [name for name in folders if paths.NAME.fullmatch(name) and not paths.is_set_aside(name)]
     if not names:
-        raise InputError(f"{path}: no stage in it; give a chain's directory, such as runs/mocov2_fpn")
+        raise InputError(f"{path}: no stage there; give a chain's directory, such as runs/mocov2_fpn")
     stages = {name: _stage(RunDir(path / name), submitted.get(name), problems) for name in sorted(names)}
-    return ChainFiles(path.name, path, tuple(_ordered(stages)), tuple(problems))
+    ordered = (replace(stage, could_run=_could_run(stage, stages)) for stage in _ordered(stages))
+    return ChainFiles(path.name, path, tuple(ordered), tuple(problems))
+
+
+def _could_run(stage: StageFiles, stages: Mapping[str, StageFiles]) -> float | None:
+    """A chain is submitted at once; a stage then waits for its parents, and only after that in the queue."""
+    ends = (str(stages[parent].marker.get("ended") or "") for parent in stage.parents if parent in stages)
+    known = [seconds(end) for end in ends if end <= stage.marker["started"]]  # else the parent was run again
+    return stage.could_run and max([stage.could_run, *filter(None, known)])
 
 
 def status(chain: ChainFiles, stage: StageFiles) -> str:
@@ -142,37 +148,34 @@ def _stage(run_dir: RunDir, entry: Any, problems: list[str]) -> StageFiles:
 
 
 def _is_sound(marker: Mapping[str, Any]) -> bool:
-    words = all(isinstance(marker.get(key), str) for key in ("status", "started"))
-    linked = [marker.get("inputs"), marker.get("outputs", {})]
-    return (
-        words
-        and all(isinstance(one, dict) for one in (marker.get("config"), *linked))
-        and all(isinstance(value, dict) for one in linked if one for value in one.values())
-    )
+    if not all(isinstance(marker.get(key), str) for key in ("status", "started")):
+        return False
+    linked: list[Any] = [marker.get("inputs"), marker.get("outputs", {})]
+    maps = all(isinstance(one, dict) for one in (marker.get("config"), *linked))
+    return maps and all(isinstance(value, dict) for one in linked for value in one.values())
 
 
 def _mapping(file: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON object; empty, and a problem, if it is another thing. Empty without a file."""
     try:
         content = json.loads(file.read_text())
+        if isinstance(content, dict):
+            return content
+        raise ValueError("not a JSON object")
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{file} cannot be read: {error}")
-        return {}
-    if not isinstance(content, dict):
-        problems.append(f"{file} is damaged: not a JSON object")
-        return {}
-    return content
+    return {}
 
 
 def _yaml(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         content = typed_yaml.read(file) if file.exists() else {}
+        return dict(config.dotted(content)) if isinstance(content, dict) else {}
     except InputError as error:
         problems.append(str(error))
-        return {}
-    return dict(config.dotted(content)) if isinstance(content, dict) else {}
+    return {}
 
 
 def _records(file: Path, problems: list[str]) -> list[Mapping[str, Any]]:

@@ -26,7 +26,7 @@ PARTS = (
 
 def time(chain: ChainFiles) -> dict[str, Any]:
     """The parts of each stage's wall time, which add up to it."""
-    every = {stage.name: goodput.stage(stage.run_dir, stage.submitted) for stage in chain.stages}
+    every = {stage.name: goodput.stage(stage.run_dir, stage.could_run) for stage in chain.stages}
     spent = {name: one for name, one in every.items() if one.seconds and one.wall > 0}
     if not spent:
         return {

@@ -41,7 +41,7 @@ def costs(before: Sequence[StageFiles], now: Sequence[StageFiles]) -> list[str]:
 
 def _hours(stages: Sequence[StageFiles]) -> str:
     """Ranks times the hours they ran, by device; else the hours the markers tell of."""
-    spent = [goodput.stage(stage.run_dir, stage.submitted) for stage in stages if stage.marker or stage.records]
+    spent = [goodput.stage(stage.run_dir, stage.could_run) for stage in stages if stage.marker or stage.records]
     if spent and all(each.wall for each in spent):
         devices: dict[str, float] = {}
         for each in spent:

@@ -172,7 +172,8 @@ def test_the_reference_can_be_another_run(chain: Path, tmp_path: Path) -> None:
 
 
 def test_the_parts_of_the_time_add_up(chain: Path) -> None:
-    (chain / "jobs.json").write_text(json.dumps({"r1": {"submitted": "2030-01-02T22:00:00+00:00"}}))
+    submitted = dict.fromkeys(("r1", "r2"), {"submitted": "2030-01-02T22:00:00+00:00"})  # while r1's parent still runs
+    (chain / "jobs.json").write_text(json.dumps(submitted))
     table = page_time.time(page.chain_files.read(chain))
 
     def seconds(cell: str) -> float:
@@ -183,14 +184,15 @@ def test_the_parts_of_the_time_add_up(chain: Path) -> None:
 
     names = [stage["name"] for stage in table["stages"]]
     assert names == ["pretrain", "r1", "r2", "r3", "eval"]
-    began = page_data.BEGAN + 20 * 3600 + 900
-    queued = began - 1893621600  # 2030-01-02 22:00
+    queued = 900  # after the parent's end; the time before that is the parent's
     for column, total in enumerate(table["sums"][:-1]):
         cells = [seconds(row["cells"][column]) for row in table["rows"]]
         assert sum(cells) == pytest.approx(seconds(total), abs=len(cells) / 2 + 0.5)
     assert seconds(table["sums"][1]) == pytest.approx(9.5 * 3600 + queued, abs=1)
     rows = {row["name"]: row["cells"][1] for row in table["rows"]}
     assert rows["redone"] == "0:10:20" and seconds(rows["queue"]) == queued
+    (waited,) = (row["cells"][2] for row in table["rows"] if row["name"] == "queue")
+    assert seconds(waited) == queued
     assert all(
         sum(float(part["width"][:-1]) for part in stage["parts"]) == pytest.approx(100, abs=0.01)
         for stage in table["stages"]
