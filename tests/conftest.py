@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster, available
-from utils import log
+from utils import log, timeline
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = ("test_demo", "test_readme", "test_chaos", "test_resume", "test_lost", "test_exit_codes")  # minutes each
@@ -36,6 +36,13 @@ def own_log() -> Iterator[None]:
     for handler in list(log.logger.handlers):
         log.logger.removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture(autouse=True)
+def own_time() -> Iterator[None]:
+    """What a test has done in this process is no part of the wall time of the next one's run."""
+    yield
+    timeline._timeline = timeline.Timeline(timeline.clock())
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,9 @@ def test_the_program_refuses_them_all_before_it_trains(
     assert f"ERROR 2: {data}: {len(expected) + more} unusable images, labels or boxes" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr) < 20_000
     assert {path.name for path in tmp_path.iterdir()} == {"run", "labels"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "logs", "lock.json", ".lock"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        "config.yaml", "hyperparam.csv", "logs", "times", "lock.json", ".lock",
+    }  # fmt: skip
     assert sorted(os.listdir(".")) == before and not list(data.rglob("CANARY"))
 
 

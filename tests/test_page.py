@@ -172,7 +172,8 @@ def test_the_reference_can_be_another_run(chain: Path, tmp_path: Path) -> None:
 
 
 def test_the_parts_of_the_time_add_up(chain: Path) -> None:
-    submitted = dict.fromkeys(("r1", "r2"), {"submitted": "2030-01-02T22:00:00+00:00"})  # while r1's parent still runs
+    early = {"submitted": "2030-01-02T22:00:00+00:00"}  # while the parent of r1 still runs
+    submitted = {"r1": early, "r2": early}
     (chain / "jobs.json").write_text(json.dumps(submitted))
     table = page_time.time(page.chain_files.read(chain))
 
