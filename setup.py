@@ -24,10 +24,11 @@ setup(
         "opencv-python-headless>=4.10",
         "pyyaml>=6",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.1",
         "rich>=13",
         "jinja2>=3.1",
         "matplotlib>=3.9",
+        "tensorboard>=2.18",
     ],
     extras_require={
         "gcs": GCS,

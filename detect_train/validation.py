@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detect_train import reading
+from detect_train import pictures, reading
 from detect_train.inference import measure, predict
 from utils import dist, timeline
 from utils.engine import TrainState
@@ -52,6 +52,7 @@ class Validate(Hook):
         state.summary |= stats
         if dist.rank() == 0:
             self.writer.write("val", epoch=state.epoch, step=state.step, best=state.is_best, **stats)
+            pictures.show(self.writer, state, self.index, detections)
             print(
                 f"Epoch Stats [{state.epoch}] - Loss Avg: {state.summary['loss_avg']:.6f}, "
                 f"Loss Median: {state.summary['loss_median']:.6f}, "

@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluate.chain_files import ChainFiles, StageFiles, is_number
 from evaluate.detections_file import Evaluated
-from utils import array_file
+from utils import array_file, attempts
 from utils.errors import InputError
 from utils.files import read_sha256
 from utils.paths import RunDir
@@ -67,7 +67,7 @@ def configuration(chain: ChainFiles, metrics: Mapping[str, Any]) -> dict[str, An
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
         if isinstance(versions, dict)
         else versions,
-        "git commit": metrics.get("commit"),
+        "git commit": _commits(chain),
         "evaluated": metrics.get("date"),
     }
     lines = [line for line in chain.lines if len(line) > 1]
@@ -76,6 +76,17 @@ def configuration(chain: ChainFiles, metrics: Mapping[str, Any]) -> dict[str, An
         "differences": [table for line in lines if (table := _settings(line, differing=True))["rows"]],
         "all": _settings([stage for stage in chain.stages if stage.config], differing=False),
     }
+
+
+def _commits(chain: ChainFiles) -> str:
+    """The code of the whole chain; of which stages, where they are not of one."""
+    stages: dict[str, list[str]] = {}
+    for stage in chain.stages:
+        for commit in dict.fromkeys(attempt.commit or "not known" for attempt in attempts.read(stage.run_dir)[0]):
+            stages.setdefault(commit, []).append(stage.name)
+    if len(stages) == 1:
+        return next(iter(stages))
+    return "; ".join(f"{commit} ({', '.join(names)})" for commit, names in stages.items())
 
 
 def _joined(metrics: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from detect_train import reading
 from detect_train.config import refused
 from detect_train.inference import measure, predict
 from evaluate import detections_file, detector
-from utils import coco, dist, env, files, labels, log, mirror_views, paths, squashfs, timeline
+from utils import coco, dist, env, files, labels, log, mirror_views, paths, revision, squashfs, timeline
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
 
@@ -131,6 +131,7 @@ def write(
         "architecture": saved["architecture"],
         "batch_size": cfg.batch_size,
         **machine,
+        "commit": revision.commit(),
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, machine["evaluator"])},
         "stats": result.stats,
         "per_class": result.per_class,

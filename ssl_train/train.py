@@ -28,6 +28,7 @@ from ssl_train.batches import ShuffledBatches
 from ssl_train.data import Batch, Views, to_device
 from ssl_train.export import REMEDY, export
 from ssl_train.model import accuracy
+from ssl_train.pictures import ShowViews
 from ssl_train.start import all_or_none, architecture, start
 from utils import (
     checkpoint,
@@ -112,11 +113,12 @@ def train(
     def files_of(epoch: int, batch: int) -> list[str]:
         return [images.shown(index) for index in batches.indices(epoch, batch)]
 
+    metrics, save = saving.standard(run_dir, state, cfg, payload, files_of)
     engine.fit(
         state,
         loader.make(views, batches, workers=cfg.workers, device=device, collate=loader.whole),
         contrastive_loss(dist.parallel(state.model, device), device),
-        saving.standard(run_dir, state, cfg, payload, files_of),
+        [ShowViews(views, batches, metrics.writer), metrics, save],
         epochs=cfg.epochs,
         schedule=optim.cosine(cfg.optim.lr, cfg.epochs),
         seed=cfg.seed,

@@ -23,6 +23,7 @@ TRAINED: dict[str, tuple[int, int, float, int, float, str | None]] = {
     "r2": (23, 27, 0.003, 400, 1.8, "r1"),
     "r3": (27, 37, 0.0003, 400, 4.4, "r2"),
 }
+COMMITS = {"": "c0ffee" * 6 + "c0ff", "r3": "beef" * 10 + "-dirty"}  # of which code a stage was
 PARTS = {
     "start-up": 0.01,
     "staging": 0.015,
@@ -53,7 +54,8 @@ def make_chain(root: Path, index: LabelIndex, labeled: Path, *, last: str = "eva
             marker["metrics"] = _evaluate(run_dir, index, labeled, random)
         files.write_json(run_dir.state, marker)
         files.write_text(run_dir.config, yaml.safe_dump(_nested(config)))
-        _write_times(run_dir, submitted[name]["job_id"], begins, ends, restarted=name == "r1", training=training)
+        times = {"restarted": name == "r1", "training": training, "commit": COMMITS.get(name, COMMITS[""])}
+        _write_times(run_dir, submitted[name]["job_id"], begins, ends, **times)
         begins = ends + 900
         if name == last:
             break
@@ -189,7 +191,9 @@ def _evaluate(run_dir: RunDir, index: LabelIndex, labeled: Path, random: np.rand
     return result.stats
 
 
-def _write_times(run_dir: RunDir, job: str, begins: float, ends: float, *, restarted: bool, training: bool) -> None:
+def _write_times(
+    run_dir: RunDir, job: str, begins: float, ends: float, *, restarted: bool, training: bool, commit: str
+) -> None:
     shares = PARTS if training else {"start-up": 0.06, "staging": 0.05, "labels": 0.03, "evaluation": 0.86}
     spans = [(begins, begins + 0.6 * (ends - begins)), (begins + 0.62 * (ends - begins), ends)]
     for restarts, (start, end) in enumerate(spans if restarted else [(begins, ends)]):
@@ -201,6 +205,7 @@ def _write_times(run_dir: RunDir, job: str, begins: float, ends: float, *, resta
             "world_size": 2,
             "device": "NVIDIA A100-SXM4-40GB",
             "cores": 8,
+            "commit": commit,
             "began": start,
             "at": end,
             "seconds": seconds,

@@ -19,6 +19,7 @@ import torch
 from detect_train import train, validation
 from tests.labeled_set import write_example, write_label, write_set
 from tests.test_detect_model import moco, resnet
+from tests.test_events import in_metrics, picture_steps, scalars
 from utils import checkpoint, checkpoint_files, coco, engine, goodput
 from utils.errors import DivergedError, InputError, Stopped
 from utils.files import sha256
@@ -105,6 +106,7 @@ def test_a_round_leaves_checkpoints_metrics_and_labels(r1: tuple[Path, dict[str,
     validations = records(run, "val")
     assert [(line["epoch"], line["step"]) for line in validations] == [(0, 2), (1, 4)]
     assert all(set(coco.METRICS) <= set(line) for line in validations)
+    assert scalars(run) == in_metrics(run) and picture_steps(run, "detections") == [2, 4]
     assert result["metrics"]["best_AP"] == max(line["AP"] for line in validations)
     saved = last_of(result)
     assert saved["kind"] == "detector" and saved["classes"] == ["cat", "dog"] and saved["step"] == 4

@@ -66,7 +66,7 @@ def train(
     )
     run_dir = RunDir(run)
     when = Checkpoint(every_steps=every_steps, every_minutes=every_minutes)
-    writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % 2)
+    writer = MetricsWriter(run_dir, epoch=state.epoch, step=state.step - state.batch % 2)
     metrics = hooks.LogMetrics(writer, every=2, batch_size=4, files=lambda *at: [f"{at}.png"])
     engine.fit(
         state,

@@ -119,4 +119,6 @@ def test_a_killed_loader_process_is_named_whoever_notices_it() -> None:
     assert str(errors.explained(late)).startswith("loader process 12, 13 ended, perhaps killed for memory")
     late.__cause__ = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
     assert re.match(named, str(errors.explained(late)))
+    closed = errors.explained(RuntimeError("Application timeout caused pair closure"))  # gloo, not always by name
+    assert str(closed).startswith("lost another rank")
     assert errors.explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -48,7 +48,7 @@ class Validation(hooks.Hook):
     """Takes five seconds."""
 
     def __init__(self, clock: Clock, run: Path) -> None:
-        self.clock, self.writer = clock, MetricsWriter(RunDir(run).metrics, epoch=0, step=0)
+        self.clock, self.writer = clock, MetricsWriter(RunDir(run), epoch=0, step=0)
         self.writer.started = True  # LogMetrics has begun the file
 
     def before_end(self, state: engine.TrainState) -> None:
@@ -119,10 +119,10 @@ def test_a_run_that_ended_with_an_epochs_last_step_goes_on_without_a_pace(tmp_pa
 
 def test_an_epoch_whose_validation_is_done_again_is_written_once(tmp_path: Path) -> None:
     def run(epoch: int, step: int, *kinds: str) -> list[tuple[str, int, int]]:
-        writer = MetricsWriter(tmp_path / "metrics.jsonl", epoch=epoch, step=step)
+        writer = MetricsWriter(RunDir(tmp_path), epoch=epoch, step=step)
         for kind in kinds:
             writer.write(kind, epoch=1, step=8)
-        return [(record["kind"], record["epoch"], record["step"]) for record in read(writer.path)]
+        return [(record["kind"], record["epoch"], record["step"]) for record in read(writer.run_dir.metrics)]
 
     files.write_text(tmp_path / "metrics.jsonl", '{"kind": "epoch", "epoch": 0, "step": 4}\n')
     before = run(1, 4, "train", "epoch")

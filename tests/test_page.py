@@ -156,7 +156,7 @@ def test_the_numbers_are_those_of_the_files(chain: Path) -> None:
     assert re.search(r"training 10 1 27 \d+ \d+ \d+ 1 validation 10 0 30", said)
     assert "1 images, labels or boxes were left out" in said and "training/labels/2.yml" in said
     assert "optim.lr 0.03 0.003 0.0003" in said
-    assert "git commit not recorded" in said
+    assert f"git commit {page_data.COMMITS['']} (pretrain, r1, r2, eval); {page_data.COMMITS['r3']} (r3)" in said
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -18,6 +18,7 @@ from PIL import Image
 from ssl_train import export, train
 from ssl_train.config import DEFAULT, Config, parse
 from ssl_train.model import MoCo
+from tests.test_events import in_metrics, picture_steps, scalars
 from utils import checkpoint, config, metrics
 from utils.errors import InputError, exit_code
 from utils.paths import RunDir
@@ -67,6 +68,7 @@ def test_a_run_writes_what_the_next_stage_needs(whole: tuple[Path, dict[str, Any
     epochs = [record for record in records(run) if record["kind"] == "epoch"]
     assert [record["loss_avg"] for record in epochs][1] == result["metrics"]["loss"]
     assert {"train_log.csv", "hyperparam.csv", "times"} < {path.name for path in run.iterdir()}
+    assert scalars(run) == in_metrics(run) and picture_steps(run, "views") == [1, 4]
     assert [record["lr"] for record in written] == pytest.approx([0.05, 0.05, 0.025, 0.025])
     second = [written[2]["loss"], written[2]["loss"], written[3]["loss"]]  # two steps and one
     assert result["metrics"]["loss"] == pytest.approx(np.mean(second), rel=1e-5)
@@ -93,6 +95,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, data: Path, whol
     result = pretrain(run, data)
     assert result["metrics"] == whole[1]["metrics"]
     assert records(run) == records(whole[0])
+    assert scalars(run) == in_metrics(run) and picture_steps(run, "views") == [1, 4]
     saved = whole[0] / "checkpoints"
     first, last = (checkpoint.load(saved / f"checkpoint_000{epoch}.pth", "moco", "?") for epoch in (0, 1))
     resumed = checkpoint.load(result["outputs"]["last"], "moco", "?")

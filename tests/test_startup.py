@@ -14,7 +14,7 @@ import pytest
 from tests.checkout import Checkout
 from utils import ahead, files, metrics
 from utils.errors import InputError
-from utils.paths import ROOT
+from utils.paths import ROOT, RunDir
 
 PROGRAMS = [
     ["jobs/launch.py"],
@@ -105,7 +105,7 @@ def test_a_hash_begun_before_is_the_files_own_until_it_changes(tmp_path: Path) -
 def test_newest_metrics_are_those_of_all_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert metrics.newest(path) == {}
-    writer = metrics.MetricsWriter(path, epoch=0, step=0)
+    writer = metrics.MetricsWriter(RunDir(tmp_path), epoch=0, step=0)
     for epoch in range(3):
         for step in range(1, 4):
             writer.write("train", epoch=epoch, step=3 * epoch + step, loss=1 / (3 * epoch + step))

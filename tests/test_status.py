@@ -32,7 +32,7 @@ def begin(chain: Chain, stage: str = "r1") -> MetricsWriter:
     log = run_dir.rank_log("1", 0, 0)
     log.touch()
     state.running(chain, stage, {}, log, {})
-    return MetricsWriter(run_dir.metrics, epoch=0, step=0)
+    return MetricsWriter(run_dir, epoch=0, step=0)
 
 
 def row(chain: Chain, stage: str = "r1") -> dict[str, str]:

@@ -309,6 +309,15 @@ def test_a_failure_of_the_stage_itself_ends_the_launch_with_its_code_and_its_log
     assert refused.stdout.splitlines()[-1].startswith(cause)
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """They are heard, though `nohup` may have started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("kept", [False, True], ids=["deleted", "kept"])
 def test_asked_to_end_it_has_the_stage_save_its_work_first(here: TpuCheckout, number: int, kept: bool) -> None:

@@ -18,6 +18,7 @@ from tests.labeled_set import write_set
 from tests.rank_weights import ended_with
 from tests.test_detect_model import resnet
 from tests.test_detect_train import last_of, records
+from tests.test_events import picture_steps
 from utils import checkpoint, checkpoint_files
 from utils.errors import InputError, Stopped
 from utils.files import sha256
@@ -68,6 +69,7 @@ def test_the_unet_learns_to_find_what_there_is(unet: tuple[Path, dict[str, Any]]
     (validation,) = records(run, "val")
     assert validation["step"] == 60 and validation["recall"] == result["metrics"]["recall"] > 0.8
     assert len(validation["recall_per_class"]) == 2 and min(validation["recall_per_class"].values()) > 0.5
+    assert picture_steps(run, "detections") == [60]
     steps = records(run, "train")
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert steps[-1]["loss"] < steps[0]["loss"] / 2

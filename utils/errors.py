@@ -77,7 +77,7 @@ OUTSIDE = (
         "loader process {0} ended, perhaps killed for memory; ask for more, or set fewer workers",
     ),
     (
-        r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting",
+        r"gloo|NCCL|Connection closed by peer|Connection reset by peer|pair closure|Broken pipe|Timed out waiting",
         "lost another rank, which ended or did not answer in time; its own log may say why",
     ),
 )

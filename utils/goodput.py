@@ -1,68 +1,22 @@
-"""What a stage's wall time was spent on, over all its attempts, and what to change about the biggest loss. Torch-free.
+"""What a stage's wall time was spent on, over all its attempts, and what to change about the greatest loss.
 
-An attempt's file is written by utils/timeline.py. Its parts are measured by one clock, its beginning and its end by
-another: where they differ, something was not counted, or twice.
+Torch-free.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
+from utils import attempts
+from utils.attempts import SLACK
 from utils.paths import RunDir
 
-PARTS = (
-    "queue", "start-up", "staging", "labels", "data wait", "compute", "validation", "evaluation", "saving", "redone",
-    "between attempts",
-)  # fmt: skip
+PARTS = ("queue", *attempts.PARTS, "redone", "between attempts")
 WORK = ("compute", "evaluation")  # what a stage is for
-SLACK, SHARE = 1.0, 0.001  # seconds, and of the wall time, by which sums may be wrong
 WORTH = 0.1  # of the wall time: smaller losses are not named
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What one process of rank 0 has kept; times in Unix seconds."""
-
-    file: Path
-    began: float
-    at: float  # of the last writing
-    world_size: int
-    device: str
-    cores: int  # of a rank
-    seconds: dict[str, float]
-    unsaved: dict[str, float]  # of `seconds`, what was not in a checkpoint yet
-
-    @classmethod
-    def read(cls, file: Path) -> Attempt:
-        """Raises: InputError when the file is damaged."""
-        try:
-            content = json.loads(file.read_text())
-            numbers = {name: float(content[name]) for name in ("began", "at")}
-            counts = {name: int(content[name]) for name in ("world_size", "cores")}
-            parts = {
-                name: {str(part): float(seconds) for part, seconds in content[name].items()}
-                for name in ("seconds", "unsaved")
-            }
-            found = cls(file=file, device=str(content["device"]), **numbers, **counts, **parts)  # type: ignore[arg-type]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: damaged, left out: {type(error).__name__}: {error}") from None
-        if unknown := {*found.seconds, *found.unsaved} - set(PARTS):
-            raise InputError(f"{file}: damaged, left out: parts {', '.join(sorted(unknown))}")
-        return found
-
-    def problems(self) -> list[str]:
-        """What does not add up."""
-        wall, total = self.at - self.began, sum(self.seconds.values())
-        found = []
-        if abs(total - wall) > SLACK + SHARE * abs(wall):
-            found.append(f"{self.file}: its parts are {total - wall:+.1f} s from its wall time of {wall:.1f} s")
-        more = [part for part, seconds in self.unsaved.items() if seconds > self.seconds.get(part, 0.0) + SLACK]
-        return found + [f"{self.file}: more {part} is unsaved than there was" for part in more]
 
 
 @dataclass(frozen=True)
@@ -84,36 +38,28 @@ def stage(run_dir: RunDir, submitted: float | None) -> Spent:
     Args:
         submitted: Unix time since which its job could have run; None outside a queue.
     """
-    attempts, problems = [], []
-    for file in run_dir.times.glob("*.json"):
-        try:
-            attempts.append(Attempt.read(file))
-        except InputError as error:
-            problems.append(str(error))
-    if not attempts:
+    found, problems = attempts.read(run_dir)
+    if not found:
         return Spent(problems=(*problems, f"{run_dir.times}: no times were kept"))
-    attempts.sort(key=lambda attempt: attempt.began)
     seconds = dict.fromkeys(PARTS, 0.0)
     if submitted is not None:
-        seconds["queue"] = _gap(
-            submitted, attempts[0].began, f"{attempts[0].file}: begun before it was submitted,", problems
-        )
-    for number, attempt in enumerate(attempts):
+        seconds["queue"] = _gap(submitted, found[0].began, f"{found[0].file}: begun before it was submitted,", problems)
+    for number, attempt in enumerate(found):
         problems += attempt.problems()
         for part, spent in attempt.seconds.items():
             seconds[part] += spent
-        if number + 1 < len(attempts):
-            follows = attempts[number + 1]
+        if number + 1 < len(found):
+            follows = found[number + 1]
             said = f"{follows.file}: begun before {attempt.file.name} ended,"
             seconds["between attempts"] += _gap(attempt.at, follows.began, said, problems)
             for part, lost in attempt.unsaved.items():
                 seconds[part] -= lost
                 seconds["redone"] += lost
-    last = attempts[-1]
+    last = found[-1]
     return Spent(
         {part: value for part, value in seconds.items() if value},
-        last.at - (attempts[0].began if submitted is None else min(submitted, attempts[0].began)),
-        len(attempts) - 1,
+        last.at - (found[0].began if submitted is None else min(submitted, found[0].began)),
+        len(found) - 1,
         last.world_size,
         last.device,
         last.cores,

@@ -14,7 +14,6 @@ from utils import dist, log, metrics_csv, progress, timeline
 from utils.device import on_host
 from utils.errors import DivergedError
 from utils.metrics import MetricsWriter, Since
-from utils.paths import RunDir
 
 if TYPE_CHECKING:
     from utils.engine import TrainState
@@ -58,7 +57,7 @@ class LogMetrics(Hook):
         self.is_warm = False
 
     def around(self, state: TrainState) -> contextlib.AbstractContextManager[object]:
-        self.first, name = Since.now(state.step), self.writer.path.parent.name
+        self.first, name = Since.now(state.step), self.writer.run_dir.path.name
         self.progress = progress.Training(name, state.epochs, state.last_step, is_shown=dist.rank() == 0)
         return self.progress
 
@@ -89,7 +88,7 @@ class LogMetrics(Hook):
     def after_epoch(self, state: TrainState) -> None:
         state.rows = []
         if dist.rank() == 0:
-            metrics_csv.write_log(RunDir(self.writer.path.parent))
+            metrics_csv.write_log(self.writer.run_dir)
 
     def fetch(self, state: TrainState) -> None:
         """Bring `state.rows` up to date. Raises: DivergedError if a loss, or a weight now, is not finite."""

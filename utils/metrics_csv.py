@@ -13,7 +13,6 @@ from utils import config, metrics
 from utils.files import write_text
 from utils.paths import RunDir
 
-COUNTERS = ("kind", "epoch", "step")
 LAST = ("lr", "images_per_s", "data_wait", "seconds")  # of an epoch's numbers, after its averages
 
 
@@ -24,7 +23,7 @@ def write_log(run_dir: RunDir) -> None:
     measured: dict[str, None] = {}
     for record in metrics.read(run_dir.metrics):
         if record["kind"] in ("epoch", "val"):
-            numbers = {name: value for name, value in record.items() if name not in COUNTERS and _is_number(value)}
+            numbers = metrics.numbers(record)
             (trained if record["kind"] == "epoch" else measured).update(dict.fromkeys(numbers))
             row = epochs.setdefault(record["epoch"], {"epoch": record["epoch"]})
             row |= {"step": record["step"], **numbers}
@@ -37,10 +36,6 @@ def write_settings(run_dir: RunDir, cfg: Any) -> None:
     rows = config.dotted(config.to_dict(cfg))
     written = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in rows)
     _write(run_dir.hyperparam, ["key", "value"], written)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _write(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

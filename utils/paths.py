@@ -59,6 +59,7 @@ class RunDir:
     hyperparam = Below("hyperparam.csv")  # the same, a key a line
     metrics = Below("metrics.jsonl")
     train_log = Below("train_log.csv")  # of the metrics, an epoch a line
+    tensorboard = Below("tensorboard")  # see utils/events.py
     times = Below("times")  # see `attempt`
     checkpoints = Below("checkpoints")
     logs = Below("logs")

@@ -93,6 +93,6 @@ def standard(
 ) -> tuple[LogMetrics, SaveCheckpoints]:
     """The two hooks for a run at `state`; what stands between them runs between them."""
     # the last line that was written until there: an epoch's lines stand at multiples of log_every
-    writer = MetricsWriter(run_dir.metrics, epoch=state.epoch, step=state.step - state.batch % cfg.log_every)
+    writer = MetricsWriter(run_dir, epoch=state.epoch, step=state.step - state.batch % cfg.log_every)
     metrics = LogMetrics(writer, every=cfg.log_every, batch_size=cfg.batch_size, files=files)
     return metrics, SaveCheckpoints(run_dir, payload, cfg.checkpoint, metrics)

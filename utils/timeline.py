@@ -1,8 +1,7 @@
 """Where a process's wall time goes: every moment since it was started belongs to one part, and rank 0 keeps the sums.
 
-`done(part)` ends a part; it began where the one before ended. Parts are "start-up", "staging", "labels", "data wait",
-"compute", "validation", "evaluation" and "saving"; utils/goodput.py reads the file. A phase is a piece of what comes
-before the first training step: they are told in one line of the log, as what a job pays each time it is requeued.
+`done(part)` ends one of `attempts.PARTS`; it began where the one before ended. A phase is a piece of what comes before
+the first training step: they are told in one line of the log, as what a job pays each time it is requeued.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import env, files, log
+from utils import env, files, log, revision
 from utils.errors import RelayError
 from utils.paths import RunDir
 
@@ -133,7 +132,7 @@ def kept(run_dir: RunDir, world: env.World, device: str) -> Iterator[None]:
     own = _timeline
     own.file = run_dir.attempt(env.job_id(), env.restarts(), own.began)
     own.about = {"job": env.job_id(), "restarts": env.restarts(), "world_size": world.size, "device": device}
-    own.about["cores"] = _cores(world)
+    own.about |= {"cores": _cores(world), "commit": revision.commit()}
     own.done("start-up")
     try:
         yield

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from detect_train import pictures
 from detect_train.geometry import iou
 from detect_train.validation import predicted
 from utils import dist, timeline
@@ -39,13 +40,15 @@ class Recall(Hook):
         self.index, self.writer, self.save, self.how = index, writer, save, how
 
     def before_end(self, state: TrainState) -> None:
-        found = recalled(self.index, predicted(state, self.index, self.save, **self.how))
+        proposals = predicted(state, self.index, self.save, **self.how)
+        found = recalled(self.index, proposals)
         recall = float(found.mean())
         state.summary["recall"] = recall
         if dist.rank() == 0:
             of_class = {name: found[self.index.labels == 1 + i] for i, name in enumerate(self.index.classes)}
             shares = {name: float(objects.mean()) for name, objects in of_class.items() if len(objects)}
             self.writer.write("val", epoch=state.epoch, step=state.step, recall=recall, recall_per_class=shares)
+            pictures.show(self.writer, state, self.index, proposals)
             loss, classes = state.summary["loss_avg"], ", ".join(f"{name} {each:.3f}" for name, each in shares.items())
             line = f"Epoch Stats [{state.epoch}] - Loss Avg: {loss:.6f}, Proposal Recall: {recall:.6f} ({classes})"
             print(line, flush=True)

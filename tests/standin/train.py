@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for path in outputs.values():
             files.write_text(path, text)
         files.write_text(outputs["report"], f"{text}\n Average Precision  (AP) @[ all ] = 0.500\n")
-        writer = MetricsWriter(run_dir.metrics, epoch=0, step=0)
+        writer = MetricsWriter(run_dir, epoch=0, step=0)
         writer.write("train", epoch=cfg.epochs - 1, step=7, loss=0.25)
         writer.write("validation", epoch=cfg.epochs - 1, step=7, AP=0.5)
     seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "STANDIN_PLACE", "STANDIN_BOX")}
