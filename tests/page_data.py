@@ -54,7 +54,8 @@ def make_chain(root: Path, index: LabelIndex, labeled: Path, *, last: str = "eva
             marker["metrics"] = _evaluate(run_dir, index, labeled, random)
         files.write_json(run_dir.state, marker)
         files.write_text(run_dir.config, yaml.safe_dump(_nested(config)))
-        times = {"restarted": name == "r1", "training": training, "commit": COMMITS.get(name, COMMITS[""])}
+        times: dict[str, Any] = {"restarted": name == "r1", "training": training}
+        times["commit"] = COMMITS.get(name, COMMITS[""])
         _write_times(run_dir, submitted[name]["job_id"], begins, ends, **times)
         begins = ends + 900
         if name == last:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from detect_train import pictures
 from ssl_train.data import Share, Views
@@ -29,18 +30,19 @@ from utils.metrics import MetricsWriter
 from utils.paths import ROOT, RunDir
 from utils.tree import Folder
 
+EVERYTHING = {"scalars": 0, "images": 0}  # and no sample of it
 BESIDE = Path(sys.executable).parent
 
 
 def events(run: Path) -> EventAccumulator:
-    found = EventAccumulator(str(RunDir(run).tensorboard), size_guidance=STORE_EVERYTHING_SIZE_GUIDANCE)
-    return found.Reload()
+    return EventAccumulator(str(RunDir(run).tensorboard), tensor_size_guidance=EVERYTHING).Reload()
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard's own reader finds: by tag, (step, value)."""
     found = events(run)
-    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    tags = [tag for tag in found.Tags()["tensors"] if found.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"]
+    return {tag: [(each.step, make_ndarray(each.tensor_proto).item()) for each in found.Tensors(tag)] for tag in tags}
 
 
 def in_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
