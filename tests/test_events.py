@@ -122,7 +122,7 @@ def test_the_best_detections_lie_over_the_objects(tmp_path: Path) -> None:
     assert at((0, 0), x, y) == pictures.TRUTH
     assert at((0, 0), 40, 44) == at((0, 0), 30, 44) == pictures.DETECTION
     assert at((0, 0), 2, 46) != pictures.DETECTION
-    assert at((0, 1), 44, 44) == pictures.DETECTION
+    assert at((0, 1), 44, 44) == pictures.DETECTION != at((0, 1), 30, 44), "another image's"
 
 
 @pytest.fixture
