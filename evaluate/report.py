@@ -23,6 +23,8 @@ from utils.errors import InputError, cli
 TITLE = "# COCO evaluation"
 RESULT = "# result "
 END = "# end of report"
+LAST = f"\n{END}".encode()
+NO_REPORT = "not an evaluation report; give the eval_<jobid>.out files of evaluate.run"
 SEPARATOR = "\0"  # in no path
 PIECE = 1 << 16  # bytes; more would be mapped and unmapped by each read
 DECODER = json.JSONDecoder()
@@ -48,19 +50,25 @@ def parse(text: str, name: str) -> dict[str, Any] | None:
 
     Raises: InputError naming `name` when the text is not (the beginning of) a report.
     """
-    line = _result(text, name)
+    content = text.encode(errors="replace")
+    if not _is_report(content):
+        raise InputError(f"{name}: {NO_REPORT}")
+    line = _result(content)
     return None if line is None else json.loads(line)
 
 
-def _result(text: str, name: str) -> str | None:
-    """The line of the result, as JSON."""
-    if text[: len(TITLE)] != TITLE[: len(text)]:
-        raise InputError(f"{name}: not an evaluation report; give the eval_<jobid>.out files of evaluate.run")
-    text = text.rstrip("\n")
-    if not text.endswith(f"\n{END}"):
+def _is_report(content: bytes) -> bool:
+    """Whether it is one, or the beginning of one."""
+    return content[: len(TITLE)] == TITLE[: len(content)].encode()
+
+
+def _result(content: bytes) -> str | None:
+    """The line of the result, as JSON; None when the report is not complete. The rest is not decoded."""
+    content = content.rstrip(b"\n")
+    if not content.endswith(LAST):
         return None
-    end = len(text) - len(END) - 1
-    return text[text.rindex("\n", 0, end) + 1 : end].removeprefix(RESULT)
+    end = len(content) - len(LAST)
+    return content[content.rindex(b"\n", 0, end) + 1 : end].decode(errors="replace").removeprefix(RESULT)
 
 
 def summary(files: Iterable[Path | str]) -> Iterator[str]:
@@ -100,9 +108,11 @@ def _cells(file: str, is_named: bool) -> tuple[str, ...]:
         content = _read(file)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
-    if not is_named and content[: len(TITLE)] != TITLE[: len(content)].encode():
+    if not _is_report(content):
+        if is_named:
+            raise InputError(f"{file}: {NO_REPORT}")
         return ()
-    line = _result(content.decode(errors="replace"), file)
+    line = _result(content)
     if line is None:
         return (file, "", "", "", "no result", *[""] * (len(METRICS) - 1))
     stats = _value(line, "stats")
