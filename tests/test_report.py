@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evaluate import report
+from evaluate import index, report
 from tests.ranks import run
 from utils.coco import METRICS
 from utils.errors import InputError
@@ -55,7 +55,7 @@ def test_table_of_reports(tmp_path: Path) -> None:
     (tmp_path / "eval_1.out").write_text(report.render(make_result(), TABLE))
     (tmp_path / "eval_2.out").write_text(report.render(make_result(job="2"), TABLE)[:-30])
     (tmp_path / "eval_33.out").write_text(report.render(make_result(job="33", epoch=7, images=12), TABLE))
-    lines = list(report.summary(sorted(tmp_path.glob("*.out"))))
+    lines = list(index.summary(sorted(tmp_path.glob("*.out"))))
     assert lines[0].split() == ["file", "job", "epoch", "images", *METRICS]
     first, torn, last = (line.removeprefix(str(tmp_path)).split() for line in lines[1:])
     assert first[1:4] == ["4711", "36", "20000"]
@@ -70,7 +70,7 @@ def test_command_line(tmp_path: Path) -> None:
     good = tmp_path / "eval_1.out"
     good.write_text(report.render(make_result(), TABLE))
     program = (sys.executable, "-m", "evaluate.report")
-    assert run([*program, good]).stdout == "\n".join(report.summary([good])) + "\n"
+    assert run([*program, good]).stdout == "\n".join(index.summary([good])) + "\n"
     other = tmp_path / "eval_2.out"
     other.write_bytes(b"Loading \xff modules\n")
     for bad, reason in ((other, "not an evaluation report"), (tmp_path / "none.out", "No such file")):
@@ -88,12 +88,12 @@ def test_a_folder_stands_for_the_reports_below_it(tmp_path: Path) -> None:
     (tmp_path / "eval_9.out").write_text("")
     (tmp_path / "a" / "notes.out").write_text(report.render(make_result(), TABLE))
     (tmp_path / "b" / "again").symlink_to(tmp_path)
-    rows = [line.split() for line in report.summary([tmp_path])][1:]
+    rows = [line.split() for line in index.summary([tmp_path])][1:]
     below = [(row[0].removeprefix(str(tmp_path)), row[1]) for row in rows]
     expected = [("/a/deep/er/eval_2.out", "2"), ("/a/eval/eval_1.out", "1"), ("/b/eval/eval_0.out", "0")]
     assert below == [*expected, ("/eval_9.out", "no")]
     one = tmp_path / "a" / "notes.out"
-    assert [line.split()[0] for line in report.summary([one, tmp_path / "b"])][1:] == [str(one), f"{rows[2][0]}"]
+    assert [line.split()[0] for line in index.summary([one, tmp_path / "b"])][1:] == [str(one), f"{rows[2][0]}"]
 
 
 def test_what_a_report_quotes_is_not_taken_for_its_numbers(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_what_a_report_quotes_is_not_taken_for_its_numbers(tmp_path: Path) -> No
     result = make_result(job=f'x"job": "{trap}', checkpoint=trap, epoch=7, classes=[trap])
     file = tmp_path / "eval_1.out"
     file.write_text(report.render(result, TABLE))
-    _, row = report.summary([file])
+    _, row = index.summary([file])
     assert row.endswith(
         "7      20000   0.333  0.286  0.300  n/a    0.000  0.000  1.000  0.420  0.428  0.031  0.200  0.500"
     )
@@ -111,8 +111,8 @@ def test_a_report_larger_than_a_piece_is_read_whole(tmp_path: Path) -> None:
     result = make_result(classes=[f"class {number}" for number in range(9000)])
     file = tmp_path / "eval_1.out"
     file.write_text(report.render(result, TABLE))
-    assert file.stat().st_size > 2 * report.PIECE
-    assert list(report.summary([file]))[1].split()[1:4] == ["4711", "36", "20000"]
+    assert file.stat().st_size > 2 * index.PIECE
+    assert list(index.summary([file]))[1].split()[1:4] == ["4711", "36", "20000"]
 
 
 def test_reading_reports_needs_no_torch() -> None:
@@ -124,4 +124,4 @@ def test_reading_reports_needs_no_torch() -> None:
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.out: No such file"):
-        report.summary([tmp_path / "nothing.out"])
+        index.summary([tmp_path / "nothing.out"])
