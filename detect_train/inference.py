@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from detect_train import reading
 from detect_train.data import Example
 from detect_train.targets import to_device
-from utils import coco, dist, loader, log, stop
+from utils import coco, dist, loader, log, stop, timeline
 from utils.device import autocast, on_host
 from utils.errors import DivergedError, Stopped
 from utils.labels import LabelIndex
@@ -34,6 +34,7 @@ def predict(
     workers: int,
     device: torch.device,
     precision: str,
+    part: str = "evaluation",
 ) -> np.ndarray:
     """Run a detector over `dataset`, its images split over the ranks, each seen once.
 
@@ -45,6 +46,7 @@ def predict(
             largest of their batch; the number of ranks is not. (On the CPU the number of threads is, in the
             last digits.)
         precision: `float32` or `bf16`.
+        part: of `attempts.PARTS`, to which its time belongs.
 
     Returns: (n, 7) float64 on every rank: image_id, x1, y1, x2, y2 (pixels of the original image), score,
         label; by image id, and within an image in the model's order.
@@ -68,6 +70,7 @@ def predict(
             outputs, _ = on_host((outputs, finite))  # both: else each batch's is the next one's to compute again
             ids += given.ids
             found += reader.detections(outputs, given.sizes)
+            timeline.done(part)
             if done % LOG_EVERY == 0:
                 log.info(f"detect: {done} of {len(batches)} batches of {batch_size}")
             # as often on every rank, though some have a batch more than others

@@ -17,6 +17,8 @@ from utils.labels import LabelIndex
 from utils.metrics import MetricsWriter
 from utils.saving import SaveCheckpoints
 
+PART = "validation"  # of a stage's time
+
 
 class Validate(Hook):
     """Writes COCO's numbers of the validation split and says whether this epoch's AP is the best so far.
@@ -59,7 +61,7 @@ class Validate(Hook):
                 f"Validation AP: {stats['AP']:.6f}, Is Best: {state.is_best}",
                 flush=True,
             )
-        timeline.done("validation")
+        timeline.done(PART)
 
 
 def predicted(state: TrainState, index: LabelIndex, save: SaveCheckpoints, **how: Any) -> np.ndarray:
@@ -67,10 +69,11 @@ def predicted(state: TrainState, index: LabelIndex, save: SaveCheckpoints, **how
     # Each rank's BatchNorm has seen its own images; what is measured, and saved, is rank 0's.
     for buffer in state.model.buffers():
         dist.broadcast(buffer)
-    images = reading.of(state.model).examples(index, flip=False)
+    images, before = reading.of(state.model).examples(index, flip=False), timeline.spent(PART)
     try:
-        return predict(state.model, images, **how)
+        return predict(state.model, images, part=PART, **how)
     except Stopped:
-        timeline.done("validation")
+        timeline.done(PART)
         save.now(state)  # the epoch's steps; the validation is done again
+        timeline.is_done_again(PART, timeline.spent(PART) - before)
         raise

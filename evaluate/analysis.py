@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hotcoco import COCOeval
 
 IOU = 0.5  # for all that tells right from wrong
-BACKGROUND = 0.1  # IoU with every box below which a detection is of nothing
 
 
 class Curves(NamedTuple):
@@ -117,18 +116,9 @@ def confusion(evaluated: Evaluated) -> np.ndarray:
     return found["matrix"].astype(np.int64)
 
 
-def errors(evaluated: Evaluated) -> dict[str, tuple[float, int | None]]:
-    """TIDE (Bolya et al., 2020): by its names of the kinds of error, how much AP50 each costs and how many there are.
-
-    FP and FN are what all that is wrong, and all that is missed, cost together; they are not counted.
-    """
-    found = evaluator(evaluated).tide_errors(pos_thr=IOU, bg_thr=BACKGROUND)
-    return {name: (cost, found["counts"].get(name)) for name, cost in found["delta_ap"].items()}
-
-
 def best_score(evaluated: Evaluated) -> float:
     """The score from which on detections count so that F1 at IoU .5, over all classes, is highest; 1 for none right."""
-    right = _matches(evaluated) >= 0
+    right = matches(evaluated) >= 0
     scores = evaluated.detections[:, 5]
     order = np.argsort(-scores, kind="stable")
     f1 = 2 * np.cumsum(right[order]) / (np.arange(1, len(order) + 1) + max(1, len(evaluated.labels)))
@@ -141,12 +131,12 @@ def ranked(evaluated: Evaluated, count: int) -> Ranked:
 
     Detections below `best_score` do not count. Images with nothing in them and nothing found are in none of the lists.
     """
-    limit, matches = best_score(evaluated), _matches(evaluated)
+    limit, matched = best_score(evaluated), matches(evaluated)
     images = len(evaluated.ids)
     order = np.argsort(evaluated.ids, kind="stable")
     rows = np.flatnonzero(evaluated.detections[:, 5] >= limit)
     of_row = order[np.searchsorted(evaluated.ids[order], evaluated.detections[rows, 0].astype(np.int64))]
-    is_right = matches[rows] >= 0
+    is_right = matched[rows] >= 0
     hits, wrong = (np.bincount(of_row[kept], minlength=images) for kept in (is_right, ~is_right))
     boxes = np.diff(evaluated.offsets)
     size = hits + wrong + boxes
@@ -155,7 +145,7 @@ def ranked(evaluated: Evaluated, count: int) -> Ranked:
     highest = np.zeros(images)
     np.maximum.at(highest, of_row[~is_right], evaluated.detections[rows[~is_right], 5])
     found = np.zeros(len(evaluated.labels), dtype=bool)
-    found[matches[rows[is_right]]] = True
+    found[matched[rows[is_right]]] = True
 
     def picture(image: int) -> Picture:
         here = of_row == image
@@ -170,7 +160,7 @@ def ranked(evaluated: Evaluated, count: int) -> Ranked:
 
 
 @lru_cache(maxsize=2)
-def _matches(evaluated: Evaluated) -> np.ndarray:
+def matches(evaluated: Evaluated) -> np.ndarray:
     """(n,) int64: the box each detection matches at IoU .5, -1 for none."""
     found = evaluator(evaluated).image_diagnostics(iou_thr=IOU)["dt_match"]
     result = np.full(len(evaluated.detections), -1, dtype=np.int64)

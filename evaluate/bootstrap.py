@@ -70,19 +70,20 @@ def numbers(evaluated: Evaluated, weights: np.ndarray) -> np.ndarray:
     """The twelve numbers for each row of `weights`.
 
     Args:
-        weights: (B, N) int64: how often each image is there.
+        weights: (B, N) int: how often each image is there.
 
     Returns: (B, 12) float64; NaN where there is no ground truth.
     """
     found = match(evaluated)
     rows = max(1, BATCH // max(1, len(evaluated.detections)))
-    parts = [_numbers(found, weights[start : start + rows]) for start in range(0, len(weights), rows)]
+    parts = [_numbers(found, weights[at : at + rows].astype(np.int64)) for at in range(0, len(weights), rows)]
     return np.concatenate(parts)
 
 
 def draws(images: int, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, images) int64: how often each image is drawn. Of more resamples the first are the same."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    """(resamples, images) int16: how often each image is drawn. Of more resamples the first are the same."""
+    random, chances = np.random.default_rng(seed), np.full(images, 1 / images)
+    return np.stack([random.multinomial(images, chances).astype(np.int16) for _ in range(resamples)])
 
 
 def _numbers(found: list[Found], weights: np.ndarray) -> np.ndarray:

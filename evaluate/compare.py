@@ -11,33 +11,25 @@ is another question. The --fail options hold for every run but the first, or for
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from evaluate import analysis, chain_files, detections_file, run_cost
+from evaluate import analysis, chain_files, compare_text, detections_file
 from evaluate.bootstrap import FEWEST
-from evaluate.chain_files import StageFiles
-from evaluate.detections_file import Evaluated
+from evaluate.compare_text import Run
 from utils.coco_names import METRICS, show
 from utils.errors import CheckFailed, InputError, cli
 from utils.paths import RunDir
-
-MOST_CLASSES = 10  # shown, of those whose AP has changed
-
-
-@dataclass(frozen=True)
-class Run:
-    word: str  # as it was given
-    found: Evaluated
-    stages: Sequence[StageFiles]  # that led to it; none for a file alone
 
 
 def load(word: str) -> Run:
     """A run by its chain's directory, its evaluation's, or its file. Raises: InputError when it has no detections."""
     path = Path(word)
+    if not path.exists():
+        raise InputError(f"{word}: no such chain, evaluation or detections file")
     if not path.is_dir():
         return Run(word, detections_file.load(path), ())
     stage = RunDir(path.resolve())
@@ -70,66 +62,6 @@ def check_same(base: Run, other: Run) -> None:
     raise InputError(f"{base.word} and {other.word} were not evaluated on the same data; {problem}")
 
 
-def alone(run: Run) -> Iterator[str]:
-    """A run's own numbers."""
-    yield _data(run)
-    intervals = analysis.intervals(run.found)
-    rows = [("", "", "95 % interval")]
-    for name, value in analysis.stats(run.found).items():
-        known = intervals[name]
-        rows.append((name, show(value), f"{known.lower:.3f} to {known.upper:.3f}" if known else ""))
-    yield from _table(rows)
-
-
-def against(base: Run, other: Run) -> Iterator[str]:
-    """What `other` does better and worse than `base`. Raises: InputError when their data differ."""
-    check_same(base, other)
-    yield f"{other.word} (B) against {base.word} (A): {_data(other)}"
-    before, now = analysis.stats(base.found), analysis.stats(other.found)
-    differences = analysis.differences(base.found, other.found)
-    rows = [("", "A", "B", "B - A", "95 % interval", "")]
-    for name in METRICS:
-        known, interval, said = differences[name], "", ""
-        if known:
-            interval = f"{known.lower:+.3f} to {known.upper:+.3f}"
-            said = "beyond noise" if known.is_beyond_noise else "within noise"
-        change = "" if before[name] == -1 else f"{now[name] - before[name]:+.3f}"
-        rows.append((name, show(before[name]), show(now[name]), change, interval, said))
-    yield from _table(rows)
-    yield from _classes(base, other)
-    for title, lines in (
-        ("Configuration, A -> B", run_cost.changes(base.stages, other.stages)),
-        ("Cost, A and B", run_cost.costs(base.stages, other.stages)),
-    ):
-        if lines:
-            yield from ("", title, *(f"  {line}" for line in lines))
-
-
-def _classes(base: Run, other: Run) -> Iterator[str]:
-    before, now = analysis.per_class(base.found), analysis.per_class(other.found)
-    changed = [name for name in before if before[name] != now[name]]
-    changed.sort(key=lambda name: -abs(now[name] - before[name]))
-    yield from ("", f"AP of classes, {len(changed)} of {len(before)} changed")
-    if changed:
-        rows = [
-            (f"  {name}", show(before[name]), show(now[name]), f"{now[name] - before[name]:+.3f}")
-            for name in changed[:MOST_CLASSES]
-        ]
-        yield from _table(rows)
-    if len(changed) > MOST_CLASSES:
-        yield f"  and {len(changed) - MOST_CLASSES} more, by {abs(now[changed[-1]] - before[changed[-1]]):.3f} and more"
-
-
-def _data(run: Run) -> str:
-    found = run.found
-    return f"{len(found.ids):,} images of {found.split}, {len(found.boxes):,} boxes of {len(found.classes)} classes"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def check(run: Run, limits: Sequence[tuple[str, float]], better: Run | None) -> None:
     """Raises: CheckFailed when a number is under its limit, or AP below that of `better` beyond noise."""
     found = analysis.stats(run.found)
@@ -153,9 +85,12 @@ def _limit(word: str) -> tuple[str, float]:
     if name not in METRICS:
         raise argparse.ArgumentTypeError(f"{word!r}: one of {', '.join(METRICS)}, as AP50=0.4")
     try:
-        return name, float(value)
+        limit = float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r}: a number after {name}=") from None
+        limit = math.nan
+    if not math.isfinite(limit):  # nothing is under NaN: the check would never fail
+        raise argparse.ArgumentTypeError(f"{word!r}: a finite number after {name}=")
+    return name, limit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -169,9 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [load(word) for word in given.runs]
     better = load(given.fail_if_worse_than) if given.fail_if_worse_than else None
     if len(runs) == 1:
-        print(*alone(runs[0]), sep="\n")
+        print(*compare_text.alone(runs[0]), sep="\n")
     for number, run in enumerate(runs[1:]):
-        print(*([""] if number else []), *against(runs[0], run), sep="\n")
+        check_same(runs[0], run)
+        print(*([""] if number else []), *compare_text.against(runs[0], run), sep="\n")
     for run in runs[1:] or runs:
         check(run, given.fail_under, better)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluate.report import NO_REPORT, is_report, result_line
+from evaluate.report import DAMAGED, NO_REPORT, SHOWN, is_report, is_result, result_line
 from utils.coco_names import METRICS, show
 from utils.errors import InputError
 
@@ -20,8 +20,9 @@ DECODER = json.JSONDecoder()
 def summary(files: Iterable[Path | str]) -> Iterator[str]:
     """One aligned line per report; a folder stands for all reports below it, in the order of their paths.
 
-    Raises: InputError when a file is missing or not a report, before the first line. Below a folder, what is called
-    eval_*.out and is not a report is left out: Slurm calls logs so.
+    Raises: InputError when a file is missing, damaged or not a report, before the first line. Below a folder, what is
+    called eval_*.out and is not a report is left out, Slurm calls logs so; a damaged report has no result there: one
+    of them does not keep the others from being shown.
     """
     head = ("file", "job", "epoch", "images", *METRICS)
     rows = [SEPARATOR.join(head)]  # one text a row: of 100,000 rows the cells would be a million objects
@@ -59,11 +60,22 @@ def _cells(file: str, is_named: bool) -> tuple[str, ...]:
             raise InputError(f"{file}: {NO_REPORT}")
         return ()
     line = result_line(content)
-    if line is None:
+    found = None if line is None else _shown(line)
+    if found is None:
+        if is_named and line is not None:
+            raise InputError(f"{file}: {DAMAGED}")
         return (file, "", "", "", "no result", *[""] * (len(METRICS) - 1))
-    stats = _value(line, "stats")
-    shown = (str(_value(line, name)) for name in ("job", "epoch", "images"))
-    return (file, *shown, *(show(stats[name]) for name in METRICS))
+    shown = (str(found[name]) for name in ("job", "epoch", "images"))
+    return (file, *shown, *(show(found["stats"][name]) for name in METRICS))
+
+
+def _shown(line: str) -> dict[str, Any] | None:
+    """Of the result, what the table shows; None when that cannot be read."""
+    try:
+        found = {name: _value(line, name) for name in SHOWN}
+    except (ValueError, RecursionError):
+        return None
+    return found if is_result(found) else None
 
 
 def _value(line: str, key: str) -> Any:

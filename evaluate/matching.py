@@ -42,7 +42,7 @@ def match(evaluated: Evaluated) -> list[Found]:
     ranks = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
     order, ranks = order[ranks < MOST], ranks[ranks < MOST]
     rows, image, group = rows[order], image[order], group[order]
-    pairs = _pairs(rows[:, 1:5], group, evaluated.boxes, box_group)
+    pairs = overlapping(rows[:, 1:5], group, evaluated.boxes, box_group, IOUS[0])
     by_class = np.lexsort((-rows[:, 5], group % classes))  # then by image, as COCO puts them together
     box_areas, areas = _areas(evaluated.boxes), _areas(rows[:, 1:5])
     result = []
@@ -70,8 +70,8 @@ def match(evaluated: Evaluated) -> list[Found]:
     return result
 
 
-class _Pairs(NamedTuple):
-    """A detection and a box of its image and class that overlap enough for the lowest IoU."""
+class Pairs(NamedTuple):
+    """Detections and boxes that overlap, by their rows."""
 
     detections: np.ndarray
     boxes: np.ndarray
@@ -82,7 +82,8 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _pairs(found: np.ndarray, group: np.ndarray, boxes: np.ndarray, box_group: np.ndarray) -> _Pairs:
+def overlapping(found: np.ndarray, group: np.ndarray, boxes: np.ndarray, box_group: np.ndarray, least: float) -> Pairs:
+    """`found` (n, 4) and `boxes` (m, 4) of the same group, such as an image, with an IoU of `least` or more."""
     by_group = np.argsort(box_group, kind="stable")
     start, end = (np.searchsorted(box_group[by_group], group, side) for side in ("left", "right"))
     counts = end - start
@@ -95,11 +96,11 @@ def _pairs(found: np.ndarray, group: np.ndarray, boxes: np.ndarray, box_group: n
     shared = np.where((sides > 0).all(axis=1), sides[:, 0] * sides[:, 1], 0.0)
     union = _areas(mine) + _areas(real) - shared
     iou = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    near = iou >= IOUS[0]
-    return _Pairs(detection[near], box[near], iou[near])
+    near = iou >= least
+    return Pairs(detection[near], box[near], iou[near])
 
 
-def _assign(pairs: _Pairs, ranks: np.ndarray, ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _assign(pairs: Pairs, ranks: np.ndarray, ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each IoU, (10, n) bool: detections that match a box, and those that match an `ignored` one.
 
     In the order of their scores each takes the box it overlaps most of those left, an ignored one only for want of

@@ -33,7 +33,7 @@ from evaluate.detections_file import Evaluated
 from evaluate.page_results import Evaluation
 from utils.coco_names import show
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
@@ -83,7 +83,9 @@ def write(chain_dir: Path, out: Path, reference: str | None = None) -> Path:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(out, environment.get_template("report.html.j2").render(content).lstrip())
+    text = environment.get_template("report.html.j2").render(content).lstrip()
+    # JSON can hold half a surrogate pair, which UTF-8 cannot: it is shown as its escape
+    write_atomic(out, lambda file: file.write(text.encode(errors="backslashreplace")))
     return out
 
 

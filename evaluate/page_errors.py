@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate import analysis
+from evaluate import analysis, tide
 from evaluate.page_results import Evaluation, width
 
 MATRIX = 20  # classes whose confusions are shown as a matrix
@@ -19,7 +19,7 @@ KINDS = {
     "Both": ("both", "The wrong class, and a box that overlaps the object by IoU .10 to .50 only."),
     "Dupe": ("duplicate", "The object had been found already, by a detection with a higher score."),
     "Bkg": ("background", "No object is there: IoU below .10 with each."),
-    "Miss": ("missed", "No detection is at this object, not even one that counts as another kind of error."),
+    "Miss": ("missed", "Not found, and no classification or localisation error is at this object either."),
     "FP": ("all false detections", "What AP would gain if nothing wrong were detected."),
     "FN": ("all missed objects", "What AP would gain if each object were found."),
 }
@@ -41,7 +41,7 @@ def confusion(evaluation: Evaluation) -> dict[str, Any]:
         ]
         about = (
             "Boxes of the truth (rows) and the detections at them (columns). Last column: objects that nothing is at. "
-            f"Last row: detections where no object is. {rule}"
+            f"Last row: detections where no object is, or one that a detection with a higher score is at. {rule}"
         )
         return {"missing": "", "matrix": rows, "columns": names, "about": about}
     greatest = []
@@ -83,7 +83,7 @@ def kinds(evaluation: Evaluation) -> dict[str, Any]:
     """TIDE's kinds of error, the dearest first; the totals last."""
     if not evaluation.found:
         return {"rows": [], "top": ""}
-    found = analysis.errors(evaluation.found)
+    found = tide.errors(evaluation.found)
     top = max(0.01, *(cost for cost, _ in found.values()))
     order = sorted(found.items(), key=lambda item: (item[0] in TOTALS, -item[1][0]))
     rows = [

@@ -152,7 +152,7 @@ def classes(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def curves(evaluation: Evaluation) -> dict[str, Any]:
-    """Precision over recall: means over the classes, and each class."""
+    """Precision over recall: means over the classes, and each class or, of many, where most of them are."""
     if not evaluation.found:
         return {"missing": evaluation.why}
     found = analysis.curves(evaluation.found)
@@ -160,10 +160,16 @@ def curves(evaluation: Evaluation) -> dict[str, Any]:
     if not len(measured):
         return {"missing": "No class has a box in this split: there is nothing to find."}
     means = np.stack(list(found.means.values()))
-    chart = charts.precision_recall("pr", "Precision over recall", found.recall, means, measured)
+    count = f"{len(measured):,} classes"
+    title, rest = "Precision over recall", [(f"each of the {count}, IoU .50", "--muted", "1")]
+    if len(measured) > charts.LINES:
+        title += f": means over {count}, and bands that hold the middle half and the middle 90 % of them"
+        rest = [(f"the middle half of {count}, IoU .50", "--rule", "10"), ("the middle 90 % of them", "--grid", "10")]
+    chart = charts.precision_recall("pr", title, found.recall, means, measured)
     items = [charts.legend(place, f"IoU {name}") for place, name in enumerate(found.means)]
-    thin = {"name": f"each of the {len(measured)} classes, IoU .50", "colour": "--muted", "dashes": "", "width": "1"}
-    return {"missing": "", "chart": chart, "legend": [*items, thin] if len(measured) > 1 else items}
+    if len(measured) > 1:
+        items += [{"name": name, "colour": colour, "dashes": "", "width": thick} for name, colour, thick in rest]
+    return {"missing": "", "chart": chart, "legend": items}
 
 
 def width(share: float) -> str:

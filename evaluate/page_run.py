@@ -11,14 +11,14 @@ import numpy as np
 
 from evaluate.chain_files import ChainFiles, StageFiles, is_number
 from evaluate.detections_file import Evaluated
+from evaluate.matching import AREAS
+from evaluate.run_cost import PLACES
 from utils import array_file, attempts
 from utils.errors import InputError
 from utils.files import read_sha256
 from utils.paths import RunDir
 
 LISTED = 20  # problems of the data shown
-SMALL, LARGE = 32**2, 96**2  # square pixels, COCO's bounds
-NOT_OURS = frozenset({"run_dir", "resume"})  # keys that say where, not what
 
 
 def data(chain: ChainFiles, metrics: Mapping[str, Any], found: Evaluated | None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _settings(stages: Sequence[StageFiles], differing: bool) -> dict[str, Any]:
     rows = []
     for key in keys:
         values = [_plain(stage.config[key]) if key in stage.config else "" for stage in stages]
-        if not differing or (len(set(values)) > 1 and key not in NOT_OURS):
+        if not differing or (len(set(values)) > 1 and key not in PLACES):
             rows.append({"key": key, "cells": values})
     return {"stages": [stage.name for stage in stages], "rows": rows}
 
@@ -121,7 +121,7 @@ def _index(file: Path) -> dict[str, Any] | None:
 
 def _split(name: str, offsets: np.ndarray, boxes: np.ndarray, left_out: str) -> dict[str, Any]:
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    small, large = int((areas < SMALL).sum()), int((areas > LARGE).sum())
+    small, large = int((areas <= AREAS[1][1]).sum()), int((areas > AREAS[2][1]).sum())
     empty = int((np.diff(offsets) == 0).sum())
     counts = (len(offsets) - 1, empty, len(boxes), small, len(boxes) - small - large, large)
     return {"name": name, "cells": [*(f"{count:,}" for count in counts), left_out]}

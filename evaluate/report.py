@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.coco_names import show
+from utils.coco_names import METRICS, show
 from utils.errors import InputError, cli
 
 TITLE = "# COCO evaluation"
@@ -24,6 +24,9 @@ RESULT = "# result "
 END = "# end of report"
 LAST = f"\n{END}".encode()
 NO_REPORT = "not an evaluation report; give the eval_<jobid>.out files of evaluate.run"
+DAMAGED = "damaged: it has its end, but no result that can be read; evaluate again"
+SHOWN: dict[str, type] = {"job": str, "epoch": int, "images": int, "stats": dict}  # in a table of many reports
+KINDS = [*SHOWN.values()]
 NUMBERS = ("stats", "per_class")  # of the result, shown as tables; everything else is a line of the header
 
 
@@ -44,13 +47,21 @@ def render(result: dict[str, Any], table: str) -> str:
 def parse(text: str, name: str) -> dict[str, Any] | None:
     """The result in a report's text, number for number; None when the report is not complete.
 
-    Raises: InputError naming `name` when the text is not (the beginning of) a report.
+    Raises: InputError naming `name` when the text is not (the beginning of) a report, or its result cannot be read.
     """
     content = text.encode(errors="replace")
     if not is_report(content):
         raise InputError(f"{name}: {NO_REPORT}")
     line = result_line(content)
-    return None if line is None else json.loads(line)
+    if line is None:
+        return None
+    try:
+        result = json.loads(line)
+    except (ValueError, RecursionError):
+        result = None
+    if not is_result(result):
+        raise InputError(f"{name}: {DAMAGED}")
+    return result
 
 
 def is_report(content: bytes) -> bool:
@@ -64,7 +75,20 @@ def result_line(content: bytes) -> str | None:
     if not content.endswith(LAST):
         return None
     end = len(content) - len(LAST)
-    return content[content.rindex(b"\n", 0, end) + 1 : end].decode(errors="replace").removeprefix(RESULT)
+    return content[content.rfind(b"\n", 0, end) + 1 : end].decode(errors="replace").removeprefix(RESULT)
+
+
+def is_result(found: Any) -> bool:
+    """Whether what was read has the numbers that a table shows: -1 for none, else from 0 to 1."""
+    if not isinstance(found, dict) or [type(found.get(name)) for name in SHOWN] != KINDS:
+        return False
+    if not found["job"].isprintable():  # in one line of the table
+        return False
+    for name in METRICS:
+        number = found["stats"].get(name)
+        if type(number) not in (int, float) or not -1 <= number <= 1:  # NaN neither
+            return False
+    return True
 
 
 def _plain(value: Any) -> str:

@@ -66,10 +66,20 @@ def matched(written: Written, answer: Answer) -> Jobs:
     return Jobs(ids, known, not answer.problems)
 
 
+def combined(old: Answer, new: Answer) -> Answer:
+    """What is known when a call for `new` has failed: what that did not tell is still as in `old`.
+
+    But a job that squeue does not list any more has ended: its marker says how, or sacct when it answers again.
+    """
+    kept = {job.id: job for job in old.jobs.values() if job.state in FINAL or not new.is_listed}
+    is_first = bool(new.jobs) and old.at > new.at  # of sacct, before squeue has ever answered
+    return Answer(new.at if new.is_listed or is_first else old.at, {**kept, **new.jobs}, new.is_listed, new.problems)
+
+
 def since(written: Written, answer: Answer) -> tuple[Jobs, bool]:
     """The chain's jobs by Slurm's last answer and what the files say since; whether nothing is left to ask."""
     jobs = matched(written, answer)
-    now, is_current = dict(jobs.known), jobs.is_whole
+    now, is_current = dict(jobs.known), jobs.is_whole or answer.is_listed  # squeue lists all that go on
     for stage, job in jobs.ids.items():
         record, entry = written.records[stage], written.submitted.get(stage, {})
         if record.get("job_id") == job and max(record["started"], record["ended"] or "") >= answer.at:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs import state, status, tagged
 from jobs.stages import Chain
+from jobs.watch import is_launched
 from utils import paths
 from utils.errors import InputError
 
@@ -21,7 +23,8 @@ def print_logs(chain: Chain, stage: str, follow: bool) -> None:
     """Print rank 0's logs of a stage, oldest first, and what else tells how it failed.
 
     Args:
-        follow: go on with what is added, also by the next attempts, until the stage is done or has failed.
+        follow: go on with what is added, also by the next attempts, until the stage is done or has failed, or has
+            been stopped here with no launcher that goes on. Whether a job goes on is not asked of Slurm.
 
     Raises: InputError when it has no logs, unless they are waited for.
     """
@@ -46,21 +49,29 @@ def print_logs(chain: Chain, stage: str, follow: bool) -> None:
 
 def _follow(chain: Chain, stage: str, printer: Printer) -> None:
     """Print what is there and what comes, until the stage has ended and says no more."""
-    told = False
+    told = ""
     while True:
         record = state.marker(chain, stage)
         remote = [file for file in printer.read if file == _remote(chain, stage)]
         files = remote or sources(chain, stage, record)  # the rest comes from the VM when all has been said
-        if not files and not told:
-            print(f"{stage} of chain {chain.name} has not begun; waiting", file=sys.stderr, flush=True)
-            told = True
         has_ended = _has_ended(chain, stage, record)  # asked before reading: a little is said after the marker
         news = [printer.add(file) for file in files]
         if has_ended and not any(news):
             break
+        now = "" if has_ended else _waits_for(record, files)
+        if now and now != told:
+            print(f"{stage} of chain {chain.name} {now}", file=sys.stderr, flush=True)
+        told = now
         time.sleep(PAUSE)
     for file in files:
         printer.add(file, whole=True)
+
+
+def _waits_for(record: Mapping[str, Any], files: Sequence[Path]) -> str:
+    """Why nothing comes just now, if the stage does not run; the next attempt may."""
+    if record["status"] == "preempted":
+        return f"was stopped ({status.harmless(record['cause'])}); waiting for its next attempt"
+    return "" if files else "has not begun; waiting"
 
 
 def _has_ended(chain: Chain, stage: str, record: Mapping[str, Any]) -> bool:
@@ -68,8 +79,12 @@ def _has_ended(chain: Chain, stage: str, record: Mapping[str, Any]) -> bool:
     entry = tagged.submitted(chain).get(stage)
     if entry and entry["submitted"] > record.get("started", ""):
         return False
-    gone = record["status"] == "running" and not record.get("slurm") and not status.is_alive(record)
-    return gone or record["status"] in ("done", "failed")
+    is_local = not record.get("slurm") and record.get("host") == socket.gethostname()
+    if is_local and record["status"] == "running":
+        return not status.is_alive(record)
+    if is_local and record["status"] == "preempted":
+        return not is_launched(chain)  # the same command would go on, but nobody has given it
+    return record["status"] in ("done", "failed")
 
 
 def sources(chain: Chain, stage: str, record: Mapping[str, Any]) -> list[Path]:

@@ -53,8 +53,8 @@ def refreshed(chain: Chain) -> list[str]:
     """Have the markers here that the chain's store has; what kept it from that."""
     try:
         store.refresh(chain)
-    except RelayError as error:
-        return [f"as far as this machine knows: {error}"]
+    except (RelayError, OSError) as error:
+        return [f"as far as this machine knows: {one_line(error)}"]
     return []
 
 

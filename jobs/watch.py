@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 REFRESH, ASK, LONGEST = 2.0, 30.0, 300.0  # seconds: from one look at the files, or question, to the next; at most
 BELOW = ("cause", "log")  # on lines of their own
+NEWS = ("state", "cause", "job", "restarts", "AP", "epoch")  # what is worth another table in a log
 OPTIONAL = ("node", "restarts", "job", "elapsed", "images/s", "loss", "AP", "left")  # left out first where it is narrow
 GAP = 2  # spaces between two columns
 NEVER = Answer("9999", {}, False, ["Slurm has not answered yet"])
@@ -40,7 +41,7 @@ Show = Callable[[Sequence[Sequence[str]], Sequence[str]], None]
 def watch(chain: Chain) -> None:
     """Show the chain until all its stages are done, or one has failed and nothing goes on.
 
-    Raises: InputError when one of its files is damaged.
+    Raises: InputError when one of its files is damaged; what ended the thread that asks.
     """
     written = Written.read(chain)
     rows: list[list[str]] = []
@@ -48,16 +49,19 @@ def watch(chain: Chain) -> None:
         while True:
             questions.news.wait(REFRESH)
             questions.news.clear()
+            if questions.failed:
+                raise questions.failed
             answer, notes = questions.said
-            is_current = False
+            is_over = False
             try:
                 questions.written = written = Written.read(chain)
-                jobs, is_settled = known.since(written, answer)
-                rows, is_current = status.rows(written, jobs), is_settled
+                jobs, is_current = known.since(written, answer)
+                rows = status.rows(written, jobs)
+                is_over = is_current and not is_launched(chain) and has_ended([row[1] for row in rows])
             except OSError as error:  # of a network file system, it may be
                 notes = [*notes, one_line(error)]
             show(rows, [status.harmless(note) for note in notes])
-            if is_current and not _is_launched(chain) and has_ended([row[1] for row in rows]):
+            if is_over:
                 return
 
 
@@ -74,27 +78,37 @@ class Questions:
     def __init__(self, chain: Chain, written: Written) -> None:
         self.chain, self.written = chain, written
         self.said = Said(NEVER, NEVER.problems)
+        self.failed: BaseException | None = None
         self.news, self.over = threading.Event(), threading.Event()
 
     def __enter__(self) -> Questions:
-        threading.Thread(target=self._ask, daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
 
+    def _run(self) -> None:
+        try:
+            self._ask()
+        except BaseException as error:  # in a thread, from where it would be lost
+            self.failed = error
+            self.news.set()
+
     def _ask(self) -> None:
         answer, pause, silent = self.said.answer, ASK, ""
         while not self.over.is_set():
             notes = status.refreshed(self.chain)
-            new = known.ask([self.written])
+            try:
+                new = known.ask([self.written])
+            except OSError as error:  # no process can be started just now, it may be
+                new = Answer(state.now(), {}, False, [one_line(error)])
             if new.problems:
                 silent = silent or new.at
                 pause = min(2 * pause, LONGEST)
+                answer = known.combined(answer, new)
                 of = "" if answer.at == NEVER.at else f"job states are of {_local(answer.at)}, "
                 notes += [f"{text} (since {_local(silent)}; {of}next try in {pause:.0f} s)" for text in new.problems]
-                at = new.at if new.is_listed else answer.at
-                answer = Answer(at, {**answer.jobs, **new.jobs}, new.is_listed, new.problems)
             else:
                 answer, pause, silent = new, ASK, ""
             self.said = Said(answer, notes)
@@ -113,7 +127,7 @@ def has_ended(states: Sequence[str]) -> bool:
     return states.count("DONE") == len(states) or bool(failed and len(failed) + len(resting) == len(states))
 
 
-def _is_launched(chain: Chain) -> bool:
+def is_launched(chain: Chain) -> bool:
     """Whether a launcher is at work on the chain here: it may start the next stage."""
     try:
         holder = re.match(r"process (\d+) on (\S+),", chain.dir.lock.read_text())
@@ -128,12 +142,12 @@ def _is_terminal() -> bool:
 
 @contextlib.contextmanager
 def _lines(chain: Chain) -> Iterator[Show]:
-    """Prints the table whenever more of it has changed than its clocks."""
-    clocks = {COLUMNS.index("elapsed"), COLUMNS.index("left")}
+    """Prints the table whenever something has happened: steps and rates are new at every look."""
     before: list[object] = []
 
     def show(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-        now = [[cell for index, cell in enumerate(row) if index not in clocks] for row in rows] + [notes]
+        problems = [note.partition(" (since ")[0] for note in notes]  # the times in a note change by themselves
+        now = [*([row[COLUMNS.index(name)] for name in NEWS] for row in rows), problems]
         if now != before:
             before[:] = now
             print(status.title(chain), status.columns([COLUMNS, *rows]), *notes, "", sep="\n", flush=True)

@@ -26,7 +26,7 @@ class ShowViews(Hook):
         self.views, self.batches, self.writer = views, batches, writer
 
     def before_epoch(self, state: TrainState) -> None:
-        if dist.rank() == 0:
+        if dist.rank() == 0 and not state.batch:  # an epoch that goes on has had its picture
             chosen = np.array(self.batches.indices(state.epoch, 0)[:IMAGES])
             self.writer.events.picture("views", pairs(self.views, state.epoch, chosen), ABOUT, state.step + 1)
             timeline.done("compute")

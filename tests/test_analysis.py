@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from evaluate import analysis, bootstrap, detections_file, matching
+from evaluate import analysis, bootstrap, detections_file, matching, tide
 from evaluate.detections_file import Evaluated
 from tests.test_coco import make_index, random_case
 from utils import coco, coco_backends
@@ -63,13 +64,13 @@ def all_kinds() -> Evaluated:
 def test_each_kind_of_error_is_counted_alone(kind: str) -> None:
     image = list(WRONG).index(kind) + 1
     rows = [(1, *row[1:]) for row in WRONG[kind]]
-    found = analysis.errors(made([[(BOX, 1)]], rows))
+    found = tide.errors(made([[(BOX, 1)]], rows))
     expected = dict.fromkeys(WRONG, 0) | {kind: 1} | ({"Miss": 1} if kind == "Both" else {})
     assert {name: count for name, (_, count) in found.items() if count is not None} == expected, image
 
 
 def test_errors_of_a_whole_set_add_up_and_cost_what_their_correction_gains() -> None:
-    found = analysis.errors(all_kinds())
+    found = tide.errors(all_kinds())
     counts = {name: count for name, (_, count) in found.items()}
     assert counts == {"Cls": 1, "Loc": 1, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 2, "FP": None, "FN": None}
     # corrected, class 1 has one more right in the place of what was wrong
@@ -77,6 +78,26 @@ def test_errors_of_a_whole_set_add_up_and_cost_what_their_correction_gains() -> 
         rows = [row if old == WRONG[kind][0] else old for rows in WRONG.values() for old in rows]
         gain = analysis.stats(made([[(BOX, 1)]] * 6, rows))["AP50"] - analysis.stats(all_kinds())["AP50"]
         assert found[kind][0] == pytest.approx(gain, abs=1e-12) and gain > 0.05
+
+
+ALL_FOUND: list[Row] = [(image, BOX, 0.9, 1) for image in range(1, 6)]
+LOW = [10.0, 10.0, 50.0, 26.0]  # IoU .4 with BOX
+
+
+@pytest.mark.parametrize(
+    ("truth", "rows", "miss", "every"),
+    [
+        ([[(BOX, 1), (FAR, 2)]] * 5, ALL_FOUND, 0.5, 0.5),
+        ([[(BOX, 1)]] * 5 + [[(BOX, 2)]] * 5, [*ALL_FOUND, (6, BOX, 0.95, 1)], 0.0, 0.417),  # a classification error
+        ([[(BOX, 1)]] * 5 + [[(BOX, 2), (LOW, 1)]] * 5, [*ALL_FOUND, (6, BOX, 0.95, 1)], 0.483, 0.623),  # localisation
+    ],
+)
+def test_what_missed_objects_of_a_class_that_is_never_detected_cost(
+    truth: list[Any], rows: list[Row], miss: float, every: float
+) -> None:
+    """The numbers are those of the paper's authors' tidecv 1.0.1."""
+    found = tide.errors(made(truth, rows))
+    assert (found["Miss"][0], found["FN"][0]) == pytest.approx((miss, every), abs=0.0005)
 
 
 def test_confusion_counts_boxes_by_row_and_what_is_found_by_column() -> None:

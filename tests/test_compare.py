@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate import compare, detections_file, references
+from evaluate import compare, compare_text, detections_file, references
 from tests.ranks import run
 from tests.test_coco import make_index
 from utils.coco_names import METRICS
@@ -56,14 +56,21 @@ def chain(root: Path, found: int, **changes: Any) -> str:
     return str(root)
 
 
-def spent(root: Path, stage: str, **seconds: float) -> None:
-    """An attempt at a stage, on two ranks."""
+def spent(root: Path, stage: str, *, ranks: int = 2, began: float = 1000.0, **seconds: float) -> None:
+    """An attempt at a stage."""
     parts = {name.replace("_", " "): value for name, value in seconds.items()}
     attempt = {
-        "job": "7", "restarts": 0, "world_size": 2, "device": "GPU X", "cores": 4, "began": 1000.0,
-        "at": 1000.0 + sum(parts.values()), "seconds": parts, "unsaved": {}, "ended": True,
+        "job": "7", "restarts": 0, "world_size": ranks, "device": "GPU X", "cores": 4, "began": began,
+        "at": began + sum(parts.values()), "seconds": parts, "unsaved": {}, "ended": True,
     }  # fmt: skip
-    (root / stage / "times" / f"7_0_{stage}.json").write_text(json.dumps(attempt))
+    (root / stage / "times" / f"7_0_{began:.0f}.json").write_text(json.dumps(attempt))
+
+
+def by_hand(folder: Path, found: int, checkpoint: str) -> str:
+    """An evaluation without the launcher: it has no marker."""
+    (folder / "times").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"run_dir: {folder}\ncheckpoint: {checkpoint}\n")
+    return str(Path(save(folder / "detections.npz", found)).parent)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -98,7 +105,7 @@ def test_classes_are_listed_by_how_much_they_changed(
     truth = np.column_stack([np.repeat(index.ids, 3), index.boxes, np.full(60, 0.5), index.labels])
     detections_file.save(tmp_path / "a.npz", index, truth[(index.labels == 3) | (index.ids.repeat(3) < 30011)])
     detections_file.save(tmp_path / "b.npz", index, truth[index.labels != 2])
-    monkeypatch.setattr(compare, "MOST_CLASSES", 1)
+    monkeypatch.setattr(compare_text, "MOST_CLASSES", 1)
     lines = printed(capsys, str(tmp_path / "a.npz"), str(tmp_path / "b.npz")).splitlines()
     place = lines.index("AP of classes, 2 of 4 changed")
     assert lines[place + 1].split() == ["dog", "0.505", "0.000", "-0.505"]
@@ -107,7 +114,7 @@ def test_classes_are_listed_by_how_much_they_changed(
 
 def test_only_what_differs_in_the_configuration_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = chain(tmp_path / "one", 40), chain(tmp_path / "two", 60, **{"optim.lr": 0.01})
-    spent(tmp_path / "one", "r1", queue=500, compute=3600, data_wait=900)
+    spent(tmp_path / "one", "r1", compute=3600, data_wait=900)
     spent(tmp_path / "one", "eval", evaluation=450)
     lines = printed(capsys, one, two).splitlines()
     place = lines.index("Configuration, A -> B")
@@ -121,6 +128,46 @@ def test_only_what_differs_in_the_configuration_is_shown(tmp_path: Path, capsys:
     assert "Configuration" not in printed(capsys, one, one)
     of_stage = printed(capsys, f"{one}/eval", f"{two}/eval")
     assert "beyond noise" in of_stage and "optim.lr" not in of_stage
+
+
+def test_ranks_are_paid_for_while_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = chain(tmp_path / "one", 40), chain(tmp_path / "two", 60)
+    (tmp_path / "one" / "jobs.json").write_text('{"r1": {"submitted": "1970-01-01T00:00:00+00:00"}}')
+    spent(tmp_path / "one", "r1", ranks=8, compute=3600)
+    spent(tmp_path / "one", "r1", ranks=2, began=90000, compute=1800)  # long after the first, on fewer
+    spent(tmp_path / "one", "eval", ranks=1, evaluation=1800)
+    assert "  time      9.50 h of GPU X; 1.00 h of the last attempts" in printed(capsys, one, two).splitlines()
+
+
+def test_evaluations_by_hand_are_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (by_hand(tmp_path / name, 40, f"{name}.pth") for name in ("e1", "e2"))
+    assert "time      n/a; n/a" in printed(capsys, one, two)
+    spent(tmp_path, "e1", evaluation=1800)
+    spent(tmp_path, "e2", evaluation=900)
+    lines = printed(capsys, one, two).splitlines()
+    place = lines.index("Configuration, A -> B")
+    assert lines[place + 1 :] == [
+        "  e1 and e2 checkpoint  e1.pth -> e2.pth",
+        "",
+        "Cost, A and B",
+        "  time      1.00 h of GPU X; 0.50 h of GPU X",
+    ]
+    whole = chain(tmp_path / "chain", 40)
+    lines = printed(capsys, one, whole).splitlines()  # of a chain, the stages are not those of an evaluation
+    assert "  e1: only in A" in lines and "  r1: only in B" in lines
+
+
+def test_a_stage_that_has_not_begun_is_in_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (chain(tmp_path / name, 40) for name in ("one", "two"))
+    for root in (one, two):
+        (Path(root) / "jobs.json").write_text('{"r2": {}}')
+        spent(Path(root), "r1", compute=1800)
+        spent(Path(root), "eval", evaluation=1800)
+    said = printed(capsys, one, two)
+    assert "only in" not in said and "2.00 h of GPU X; 2.00 h of GPU X" in said
+    (tmp_path / "two" / "r2").mkdir()
+    (tmp_path / "two" / "r2" / "config.yaml").write_text("epochs: 3\n")
+    assert "A -> B\n  r2: only in B\n\n" in printed(capsys, one, two)
 
 
 def test_other_data_are_refused_by_what_differs(tmp_path: Path) -> None:
@@ -137,6 +184,8 @@ def test_other_data_are_refused_by_what_differs(tmp_path: Path) -> None:
         other = compare.load(save(tmp_path / "other.npz", 40, index))
         with pytest.raises(InputError, match=f"not evaluated on the same data; {reason}"):
             compare.check_same(base, other)
+        with pytest.raises(InputError, match="not evaluated on the same data"):
+            compare.main([base.word, other.word])
     compare.check_same(base, compare.load(save(tmp_path / "other.npz", 90)))
 
 
@@ -168,7 +217,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert answer.stderr == f"ERROR 5: {word}: AP is 0.406, under 0.5\n"
 
 
-@pytest.mark.parametrize("word", ["AP51=0.3", "AP", "AP=high"])
+@pytest.mark.parametrize("word", ["AP51=0.3", "AP", "AP=high", "AP50=nan", "AP=inf", "AP=-inf"])
 def test_a_check_that_cannot_be_read_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         compare.main(["x.npz", "--fail-under", word])
@@ -180,7 +229,7 @@ def test_runs_without_detections_are_refused(tmp_path: Path) -> None:
     (tmp_path / "chain" / "r1" / "config.yaml").write_text("epochs: 3\n")
     with pytest.raises(InputError, match="chain: no evaluation in it yet"):
         compare.load(str(tmp_path / "chain"))
-    with pytest.raises(InputError, match=r"none: No such file"):
+    with pytest.raises(InputError, match=r"/none: no such chain, evaluation or detections file$"):
         compare.load(str(tmp_path / "none"))
     old = Path(chain(tmp_path / "old", 40))
     (old / "eval" / "detections.npz").unlink()

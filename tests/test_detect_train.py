@@ -20,7 +20,7 @@ from detect_train import train, validation
 from tests.labeled_set import write_example, write_label, write_set
 from tests.test_detect_model import moco, resnet
 from tests.test_events import in_metrics, picture_steps, scalars
-from utils import checkpoint, checkpoint_files, coco, engine, goodput
+from utils import attempts, checkpoint, checkpoint_files, coco, engine, goodput
 from utils.errors import DivergedError, InputError, Stopped
 from utils.files import sha256
 from utils.paths import RunDir
@@ -299,6 +299,9 @@ def test_a_stop_in_a_validation_keeps_the_epoch_and_validates_again(
     assert records(tmp_path / "run", "val") == []
     newest = checkpoint_files.newest(RunDir(tmp_path / "run").checkpoints)
     assert newest and newest.name == "checkpoint_0000_00000002.pth"
+    ((stopped,), _) = attempts.read(RunDir(tmp_path / "run"))
+    assert 0 < stopped.seconds["validation"] == pytest.approx(stopped.unsaved["validation"])
+    assert not stopped.unsaved.keys() - {"validation"}, "the steps are saved"
     monkeypatch.setattr(validation, "predict", predict)
     resumed = fine_tune(tmp_path / "run", data, 2)
     assert resumed["metrics"] == result["metrics"]

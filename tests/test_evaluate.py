@@ -21,7 +21,7 @@ from detect_train.data import DetectionImages
 from detect_train.inference import predict
 from evaluate import analysis, config, detections_file, report, run
 from tests import ranks
-from utils import checkpoint, coco, coco_backends, env, goodput, images, labels, optim
+from utils import attempts, checkpoint, coco, coco_backends, env, goodput, images, labels, optim
 from utils.engine import TrainState
 from utils.errors import InputError, Stopped
 from utils.paths import RunDir
@@ -317,3 +317,5 @@ def test_a_signal_ends_it_without_a_report(
     with pytest.raises(Stopped, match=r"stopped by SIGTERM after 1 of \d batches"):
         run.main(arguments(tmp_path, best, dataset))
     assert not list(tmp_path.rglob("eval_*")) and not list(tmp_path.rglob("metrics.json"))
+    ((stopped,), _) = attempts.read(RunDir(tmp_path))
+    assert 0 < stopped.seconds["evaluation"] == pytest.approx(stopped.unsaved["evaluation"])

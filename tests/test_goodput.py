@@ -82,12 +82,25 @@ def test_a_damaged_file_is_left_out_and_told(tmp_path: Path, sound: str, damaged
     assert problem.startswith(f"{file}: damaged, left out: ")
 
 
-def test_attempts_at_once_and_a_submission_after_the_start_are_told(tmp_path: Path) -> None:
+def test_a_stage_submitted_again_waits_in_the_queue_for_its_second_attempt(tmp_path: Path) -> None:
+    """Failed after a minute, submitted again after 1,000 s, begun after 1,100."""
+    run_dir = RunDir(tmp_path)
+    attempt(run_dir, 0, {"compute": 60}, unsaved={"compute": 10})
+    attempt(run_dir, 1100, {"compute": 50})
+    attempt(run_dir, 1200, {"compute": 30}, world_size=8)  # requeued
+    spent = goodput.stage(run_dir, BEGAN + 1000)
+    assert spent.seconds == {"queue": 100, "compute": 130, "redone": 10, "between attempts": 940 + 50}
+    assert sum(spent.seconds.values()) == spent.wall == 1230 and not spent.problems
+    assert spent.rank_seconds == 4 * 110 + 8 * 30
+    waiting = goodput.stage(run_dir, BEGAN + 5000)
+    assert waiting.seconds == {"compute": 130, "redone": 10, "between attempts": 1040 + 50} and not waiting.problems
+
+
+def test_attempts_at_once_and_more_lost_than_there_was_are_told(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     first = attempt(run_dir, 0, {"compute": 60})
     second = attempt(run_dir, 50, {"compute": 60}, unsaved={"validation": 5})
-    early, twice, unsaved = goodput.stage(run_dir, BEGAN + 20).problems
-    assert early == f"{first}: begun before it was submitted, by 20.0 s"
+    unsaved, twice = goodput.stage(run_dir, BEGAN - 20).problems
     assert twice == f"{second}: begun before {first.name} ended, by 10.0 s"
     assert unsaved == f"{second}: more validation is unsaved than there was"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -198,6 +199,59 @@ def test_following_waits_for_the_job_that_is_queued_after_a_failure(
     assert followed.ended() == f"==> {log} <==\none\n\n==> {begun} <==\ntwo\n"
 
 
+def test_following_says_that_an_attempt_was_stopped_and_waits_for_the_next(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = io.StringIO()
+    monkeypatch.setattr("sys.stderr", waits)
+    log = attempt(chain, "one\n")
+    mark(chain, log)
+    state.finish(chain, "r2", Stopped("asked\x1b[2J to"), log)
+    followed = Followed(chain, monkeypatch)
+    told = "r2 of chain standin was stopped (asked?[2J to); waiting for its next attempt\n"
+    followed.until(lambda _: waits.getvalue() == told)
+    mark(chain, log, restarts=1)
+    with open(log, "a") as file:
+        file.write("two\n")
+    followed.until(lambda text: text.endswith("two\n"))
+    assert waits.getvalue() == told, "once"
+    state.finish(chain, "r2", Stopped("again"), log)
+    followed.until(lambda _: waits.getvalue() == told + told.replace("asked?[2J to", "again"))
+    mark(chain, log, restarts=2)
+    state.done(chain, "r2", DONE)
+    assert followed.ended() == f"==> {log} <==\none\ntwo\n"
+
+
+def test_following_ends_with_what_was_stopped_here_once_no_launcher_is_at_work(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = io.StringIO()
+    monkeypatch.setattr("sys.stderr", waits)
+    log = attempt(chain, "one\n")
+    mark(chain, log, slurm=False, job_id="999999999", host="elsewhere")
+    state.finish(chain, "r2", Stopped("Ctrl-C"), log)
+    looks: list[bool] = []
+    looked = logs._has_ended
+
+    def has_ended(*args: object) -> bool:
+        looks.append(looked(*args))  # type: ignore[arg-type]
+        return looks[-1]
+
+    def look_again() -> None:
+        count = len(looks)
+        followed.until(lambda _: len(looks) > count + 2)
+
+    monkeypatch.setattr(logs, "_has_ended", has_ended)
+    followed = Followed(chain, monkeypatch)
+    look_again()  # on another machine it may go on
+    chain.dir.lock.write_text(f"process {os.getpid()} on {socket.gethostname()}, cluster local\n")
+    state.update(chain, "r2", host=socket.gethostname())
+    look_again()  # the launcher may come to this stage
+    chain.dir.lock.write_text(f"process 999999999 on {socket.gethostname()}, cluster local\n")
+    assert followed.ended() == f"==> {log} <==\none\n"
+    assert waits.getvalue().count("was stopped (Ctrl-C)") == 1
+
+
 def test_following_ends_with_a_process_here_that_is_gone(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     log = attempt(chain, "one\n")
     mark(chain, log, slurm=False, job_id="999999999")
@@ -216,7 +270,7 @@ def test_what_a_tpu_vm_says_is_followed_and_not_told_again_when_its_logs_are_her
         file.write("two\n")
     followed.until(lambda text: text.endswith("two\n"))
     log = attempt(chain, "one\ntwo\n", job="33", began=time.time() + 60)
-    mark(chain, log, slurm=False, job_id="33", host="vm")
+    mark(chain, log, slurm=False, job_id="33", host="elsewhere")
     state.done(chain, "r2", DONE)
     assert followed.ended() == f"==> {remote} <==\none\ntwo\n"
     later = io.StringIO()

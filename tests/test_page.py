@@ -60,7 +60,7 @@ def chain(kept: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time."""
-    monkeypatch.setattr(charts, "_svg", lambda name, *_: charts.Markup(f"<svg><title>{name}</title></svg>"))
+    monkeypatch.setattr(charts, "_svg", lambda _, title, *__: charts.Markup(f"<svg><title>{title}</title></svg>"))
 
 
 def text_of(chain: Path, reference: str | None = None) -> str:
@@ -246,6 +246,23 @@ def test_damaged_files_are_named(chain: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_half_a_surrogate_pair_is_shown_escaped(chain: Path) -> None:
+    odd = "d\udcff"
+    page_data.change(chain / "r3/state.json", status="failed", cause=f"no {odd}")
+    metrics = json.loads((chain / "eval/metrics.json").read_text())
+    per_class = {"cat": metrics["per_class"]["cat"], odd: metrics["per_class"]["dog"]}
+    page_data.change(chain / "eval/metrics.json", classes=["cat", odd], per_class=per_class)
+    arrays = dict(np.load(chain / "eval/detections.npz"))
+    words = json.loads(arrays["words"].tobytes()) | {"classes": ["cat", odd]}
+    arrays["words"] = np.frombuffer(json.dumps(words).encode(), dtype=np.uint8)
+    np.savez(chain / "eval/detections.npz", **arrays)
+    said = text_of(chain)
+    assert "no d\\udcff" in said
+    assert re.search(r"AP of each class .* d\\udcff \d+ 0\.\d", said)
+    assert said.count("d\\udcff") >= 4  # in the confusion and the pictures too
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_pictures_of_other_data_are_not_shown(chain: Path, tmp_path: Path) -> None:
     before = page.write(chain, tmp_path / "a.html").read_text()
     assert before.count("data:image/jpeg") >= 8
@@ -262,7 +279,7 @@ def test_pictures_of_other_data_are_not_shown(chain: Path, tmp_path: Path) -> No
 @pytest.mark.usefixtures("no_charts")
 def test_many_classes(tmp_path: Path) -> None:
     classes = tuple(f"class {number}" for number in range(100))
-    chain = make_chain(tmp_path, classes=classes, images=40)
+    chain = make_chain(tmp_path, classes=classes, images=70)
     found = analysis.confusion(page.detections_file.load(chain / "eval/detections.npz"))
     np.fill_diagonal(found, 0)
     said = text_of(chain)
@@ -270,7 +287,39 @@ def test_many_classes(tmp_path: Path) -> None:
     assert re.search(rf"\b{found[:-1, :-1].max()}\b", between) and "background" not in between
     assert re.search(rf"\b{max(found[-1].max(), found[:, -1].max())}\b", background)
     assert background.count("background") == min(20, np.count_nonzero(found[-1]) + np.count_nonzero(found[:, -1]))
-    assert (tmp_path / "chain/report.html").stat().st_size < 5e6
+    assert "the middle half of 72 classes, IoU .50 the middle 90 % of them " in said and "each of the" not in said
+    written = (tmp_path / "chain/report.html").read_text()
+    title = (
+        "Precision over recall: means over 72 classes, and bands that hold the middle half and the middle 90 % of them"
+    )
+    assert written.count(f"<title>{title}</title>") == 2 and len(written.encode()) < 5e6
+
+
+def drawn(classes: int) -> str:
+    """Precision over recall of that many classes, which go down from 1 each at its own rate."""
+    recall = np.linspace(0, 1, 101)
+    curves = 1 - np.outer(np.linspace(0, 1, classes), recall)
+    return charts.precision_recall("pr", "p", recall, curves.mean(axis=0)[None], curves)
+
+
+def ends_of_band(chart: str, colour: str) -> float:
+    """How far below its beginning, precision 1, the top of a band ends, as a share of how far the bottom does."""
+    (path,) = re.findall(rf' d="([^"]*)"/>\s*</defs>\s*<g [^>]*>\s*<use [^>]*fill: var\({colour}\)', chart)
+    points = [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
+    last = max(x for x, _ in points)
+    below = [y - points[0][1] for x, y in points if x == last]
+    return min(below) / max(below)
+
+
+def test_of_many_classes_bands_are_drawn() -> None:
+    few, many = drawn(charts.LINES), drawn(1203)
+    assert few.count("stroke: var(--muted)") >= 2 * charts.LINES and "fill: var(--rule)" not in few
+    assert many.count("stroke: var(--muted)") == 0 and len(many) < 100_000
+    assert len(few) < 500_000
+    for chart in many.split("</svg>")[:2]:
+        assert chart.index("fill: var(--grid)") < chart.index("fill: var(--rule)") < chart.index("stroke: var(--c1)")
+        assert ends_of_band(chart, "--grid") == pytest.approx(0.05 / 0.95, abs=0.005)
+        assert ends_of_band(chart, "--rule") == pytest.approx(0.25 / 0.75, abs=0.005)
 
 
 def test_no_chain(tmp_path: Path) -> None:

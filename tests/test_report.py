@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,42 @@ def test_reading_reports_needs_no_torch() -> None:
     code = f"import {ours}, sys; print([m for m in sys.modules if 'torch' in m])"
     answer = run([sys.executable, "-c", code])
     assert answer.stdout == "[]\n", answer.stderr
+
+
+def changed(**values: Any) -> str:
+    result = make_result()
+    return json.dumps(result | values | {"stats": result["stats"] | values.get("stats", {})})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        None,
+        "",
+        changed()[:-1].replace("stats", "x"),
+        '{"job": ' + "[" * 100_000,
+        json.dumps({"job": "1", "epoch": 1, "images": 1}),
+        json.dumps(make_result(stats={"AP": 0.5})),
+        json.dumps(make_result(stats=[0.5] * 12)),
+        changed(stats={"AP": "0.5"}),
+        changed(stats={"ARl": float("nan")}),
+        changed(epoch="36"),
+        changed(images=None),
+        changed(job=["4711"]),
+        changed(job="a\0b\nc\udcff"),
+    ],
+    ids=range(13),
+)
+def test_one_damaged_report_does_not_end_the_table_of_all(tmp_path: Path, line: str | None) -> None:
+    bad = tmp_path / "eval_1.out"
+    bad.write_text("\n".join([report.TITLE, *([] if line is None else [report.RESULT + line]), report.END, ""]))
+    (tmp_path / "eval_2.out").write_text(report.render(make_result(), TABLE))
+    first, second = list(index.summary([tmp_path]))[1:]
+    assert first.split() == [str(bad), "no", "result"] and second.split()[1:4] == ["4711", "36", "20000"]
+    with pytest.raises(InputError, match=rf"^{bad}: damaged"):
+        index.summary([bad])
+    with pytest.raises(InputError, match=r"^mine: damaged"):
+        report.parse(bad.read_text(), "mine")
 
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import stages, state, status
+from jobs import after, page, stages, state, status, store
 from jobs.stages import Chain
 from jobs.status import COLUMNS
 from utils import files, paths
@@ -96,6 +96,42 @@ def test_a_cause_cannot_change_the_terminal_nor_the_table(chain: Chain) -> None:
     assert "?[2Jgone r2 DONE ?gnp?1A" in table
     assert all(line.isprintable() for line in table.splitlines())
     assert len(table.splitlines()) == 2 + len(chain.stages)
+
+
+def test_the_table_is_there_when_the_copies_of_the_store_cannot_be_written(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refresh(chain: Chain) -> None:
+        (chain.dir.path / "no" / "folder").touch()
+
+    monkeypatch.setattr(store, "refresh", refresh)
+    (note,) = status.refreshed(chain)
+    assert note.startswith("as far as this machine knows: FileNotFoundError: ")
+
+
+def test_a_job_that_is_done_ends_well_whatever_becomes_of_the_page(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RELAY_DEATHS", str(tmp_path / "deaths"))
+    for stage in chain.stages:
+        begin(chain, stage)
+        state.done(chain, stage, {"outputs": {}, "epochs": 1, "metrics": {}})
+
+    def printed() -> str:
+        with pytest.raises(SystemExit) as ended:
+            after.main(["0", *chain.worker_words("r1", [])])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    damaged = chain.run_dir("r3").state
+    whole = damaged.read_text()
+    damaged.write_text("{")
+    assert printed().startswith(f"chain page: not written: {damaged} is damaged; ")
+    damaged.write_text(whole)
+    monkeypatch.setattr(page, "TIMEOUT", 0.02)  # no Python has begun by then
+    assert printed() == "chain page: not written: not ready after 0.02 s\n"
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
+    assert printed().startswith("chain page: not written: FileNotFoundError: ")
 
 
 def submit(chain: Chain, **jobs: str) -> None:

@@ -42,8 +42,8 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
 
 
 @contextlib.contextmanager
-def watching(chain: Chain) -> Iterator[threading.Thread]:
-    """Watch in a thread, which ends before the block does."""
+def watching(chain: Chain, fails: type[Exception] | None = None) -> Iterator[threading.Thread]:
+    """Watch in a thread, which ends before the block does; with an error of that type if it `fails`."""
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -57,7 +57,7 @@ def watching(chain: Chain) -> Iterator[threading.Thread]:
     yield thread
     thread.join(30)
     assert not thread.is_alive()
-    assert not failed
+    assert [type(error) for error in failed] == ([fails] if fails else [])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -141,12 +141,19 @@ echo "7|RUNNING|None|n1|1:00|standin-pretrain|1|(null)||/"
 """
 
 
+def script(tmp_path: Path, program: str, text: str) -> None:
+    """Put a program on the path, whole at once: it may be run meanwhile."""
+    new = tmp_path / program
+    new.write_text(text)
+    new.chmod(0o755)
+    new.rename(tmp_path / "bin" / program)
+
+
 def test_a_controller_that_does_not_answer_stops_nothing(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for program, text in (("squeue", SQUEUE.format(tmp_path)), ("sacct", "#!/bin/sh\n")):
-        (tmp_path / "bin" / program).write_text(text)
-        (tmp_path / "bin" / program).chmod(0o755)
+    script(tmp_path, "squeue", SQUEUE.format(tmp_path))
+    script(tmp_path, "sacct", "#!/bin/sh\n")
     writer = begin(chain, "pretrain")
     marker = {"slurm": True, "job_id": "7", "started": "2020-01-01T00:00:00+00:00"}
     state.update(chain, "pretrain", **marker)
@@ -168,8 +175,8 @@ def test_a_controller_that_does_not_answer_stops_nothing(
         (tmp_path / "down").touch()
         until(lambda: "Unable to contact" in newest())
         assert re.search(r"controller \(since \d\d:\d\d:\d\d; job states are of \d\d:\d\d:\d\d, next try", newest())
-        writer.write("train", epoch=0, step=200, loss=0.5)
-        until(lambda: re.search(r"pretrain  RUNNING +7 +n1 +0 +200 ", newest()) is not None)
+        writer.write("train", epoch=1, step=200, loss=0.5)
+        until(lambda: re.search(r"pretrain  RUNNING +7 +n1 +1 +200 ", newest()) is not None)
         state.finish(chain, "pretrain", RelayError("no"), "")
         until(lambda: "FAILED" in newest())
         (tmp_path / "down").unlink()
@@ -178,6 +185,74 @@ def test_a_controller_that_does_not_answer_stops_nothing(
             begin(chain, stage)
             state.done(chain, stage, DONE)
     assert newest().count(" DONE ") == 5
+
+
+def test_a_failure_is_shown_although_the_accounting_does_not_answer(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path, "sacct", '#!/bin/sh\necho "sacct: error: no slurmdbd" >&2\nexit 1\n')
+    script(tmp_path, "squeue", SQUEUE.format(tmp_path))
+    (tmp_path / "answers").touch()
+    begin(chain, "pretrain")
+    state.update(chain, "pretrain", slurm=True, job_id="7", started="2020-01-01T00:00:00+00:00")
+    submit(chain, pretrain="7")
+    output = io.StringIO()
+    monkeypatch.setattr("sys.stdout", output)
+    with watching(chain):
+        until(lambda: re.search(r"pretrain  RUNNING +7 +n1 ", output.getvalue()) is not None)
+        long_ago = "2020-01-03T00:00:00+00:00"  # before the last time that squeue listed the job
+        state.update(chain, "pretrain", status="failed", cause="no disk", ended=long_ago)
+        script(tmp_path, "squeue", "#!/bin/sh\n")
+    newest = output.getvalue().rpartition("chain standin")[2]
+    assert re.search(r"pretrain  FAILED +7 .* no disk ", newest)
+    assert "no slurmdbd" in newest, "it has ended all the same: squeue lists what goes on"
+
+
+def test_what_slurm_did_not_tell_is_as_it_said_before_unless_the_job_has_ended() -> None:
+    def answer(day: int, *jobs: str, lists: bool = False) -> Answer:
+        known = {state: Job(state, state, "", "", "", "") for state in jobs}
+        return Answer(f"2020-01-0{day}T00:00:00+00:00", known, lists, ["down"])
+
+    before = answer(1, "RUNNING", "FAILED", lists=True)
+    silent, listed = answer(2), answer(2, "PENDING", lists=True)
+    assert known.combined(before, silent) == before._replace(is_listed=False), "nothing new"
+    assert known.combined(before, listed) == listed._replace(jobs={**listed.jobs, "FAILED": before.jobs["FAILED"]})
+
+
+def test_a_marker_counts_that_is_newer_than_all_that_the_accounting_has_said(chain: Chain) -> None:
+    begin(chain, "pretrain")
+    state.update(chain, "pretrain", slurm=True, job_id="7", started="2020-01-01T00:00:00+00:00")
+    job = Job("7", "RUNNING", "", "n1", "", "standin-pretrain")
+    answer = known.combined(watch.NEVER, Answer("2020-01-02T00:00:00+00:00", {"7": job}, False, ["squeue"]))
+    answer = known.combined(answer, Answer("2020-01-04T00:00:00+00:00", {}, False, ["squeue", "sacct"]))
+    jobs, _ = known.since(Written.read(chain), answer)
+    assert jobs.known == {"pretrain": job}
+    state.finish(chain, "pretrain", RelayError("no"), "")
+    assert known.since(Written.read(chain), answer) == (known.Jobs({"pretrain": "7"}, {}, False), False)
+
+
+def test_a_question_that_cannot_be_asked_is_told_and_asked_again(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path, "squeue", "")  # the kernel does not start an empty file
+    begin(chain, "pretrain")
+    output = io.StringIO()
+    monkeypatch.setattr("sys.stdout", output)
+    with watching(chain):
+        until(lambda: "Exec format error" in output.getvalue())
+        script(tmp_path, "squeue", "#!/bin/sh\n")
+        until(lambda: "Exec format error" not in output.getvalue().rpartition("chain standin")[2])
+        state.finish(chain, "pretrain", RelayError("no"), "")
+
+
+def test_an_error_that_nobody_expects_ends_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(chains: object) -> Answer:
+        raise KeyError("no such column")
+
+    monkeypatch.setattr(known, "ask", ask)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    with watching(chain, fails=KeyError):
+        pass
 
 
 def test_it_asks_less_and_less_often_until_there_is_an_answer(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +328,13 @@ def test_it_ends_with_a_failed_chain_but_not_before_its_launcher(chain: Chain, m
     output = io.StringIO()
     monkeypatch.setattr("sys.stdout", output)
     looks: list[bool] = []
-    asked = watch._is_launched
+    asked = watch.is_launched
 
     def is_launched(chain: Chain) -> bool:
         looks.append(asked(chain))
         return looks[-1]
 
-    monkeypatch.setattr(watch, "_is_launched", is_launched)
+    monkeypatch.setattr(watch, "is_launched", is_launched)
     with watching(chain) as thread:
         until(lambda: len(looks) > 3)
         assert thread.is_alive()
@@ -272,27 +347,41 @@ def test_files_that_cannot_be_read_for_a_moment(chain: Chain, monkeypatch: pytes
     file = chain.run_dir("pretrain").metrics
     output = io.StringIO()
     monkeypatch.setattr("sys.stdout", output)
+
+    def newest() -> str:
+        return output.getvalue().rpartition("chain standin")[2]
+
     with watching(chain):
         until(lambda: "RUNNING" in output.getvalue())
         file.mkdir()
         until(lambda: "Is a directory" in output.getvalue())
+        chain.dir.lock.mkdir()
         file.rmdir()
         state.finish(chain, "pretrain", RelayError("no"), "")
-    assert "Is a directory" not in output.getvalue().rpartition("chain standin")[2]
+        until(lambda: re.search("FAILED.*Is a directory", newest(), re.DOTALL) is not None)
+        chain.dir.lock.rmdir()
+    assert "Is a directory" not in newest()
 
 
-def test_a_log_gets_the_table_again_when_more_than_a_clock_has_changed(
+def test_a_log_gets_the_table_again_when_something_has_happened(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def row(**cells: str) -> list[list[str]]:
         return [list((dict.fromkeys(COLUMNS, "x") | cells).values())]
 
     with watch._lines(chain) as show:
-        for cells in ({}, {"elapsed": "0:00:02"}, {"left": "0:30"}):
+        for cells in ({}, {"elapsed": "0:02"}, {"left": "0:30"}, {"step": "2"}, {"images/s": "9.5"}, {"loss": "0.5"}):
             show(row(**cells), [])
         assert capsys.readouterr().out.count("chain standin") == 1
-        for cells, notes in (({"step": "2"}, []), ({"step": "2"}, ["down"]), ({}, [])):
-            show(row(**cells), notes)
+        for name in ("state", "cause", "job", "restarts", "AP", "epoch"):
+            show(row(**{name: "y"}), [])
+            show(row(), [])
+            assert capsys.readouterr().out.count("chain standin") == 2, name
+        for note in ("down (since 10:00:00; next try in 60 s)", "down (since 10:00:00; next try in 120 s)"):
+            show(row(), [note])
+        assert capsys.readouterr().out.count("down") == 1
+        for notes in (["full disk"], []):
+            show(row(), notes)
             assert capsys.readouterr().out.count("chain standin") == 1
 
 

@@ -47,7 +47,7 @@ class Attempt:
             if not all(map(math.isfinite, [*numbers.values(), *parts["seconds"].values(), *parts["unsaved"].values()])):
                 raise ValueError("a number is not finite")
             found = cls(file=file, **words, **numbers, **counts, **parts)  # type: ignore[arg-type]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{file}: damaged, left out: {type(error).__name__}: {error}") from None
         if unknown := {*found.seconds, *found.unsaved} - set(PARTS):
             raise InputError(f"{file}: damaged, left out: parts {', '.join(sorted(unknown))}")

@@ -5,6 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class Spent:
     world_size: int = 0  # of the last attempt, and so for the next two
     device: str = ""
     cores: int = 0  # of a rank
+    rank_seconds: float = 0.0  # of all ranks of all attempts together
     problems: tuple[str, ...] = ()  # what is damaged or does not add up
 
 
@@ -36,42 +38,42 @@ def stage(run_dir: RunDir, submitted: float | None) -> Spent:
     """What is known of a stage's wall time; without any attempt's file, nothing.
 
     Args:
-        submitted: Unix time since which its job could have run; None outside a queue.
+        submitted: Unix time since which its newest job could have run; None outside a queue. What the jobs before
+            waited in the queue is not known any more: it counts as between attempts, or not at all.
     """
     found, problems = attempts.read(run_dir)
     if not found:
         return Spent(problems=(*problems, f"{run_dir.times}: no times were kept"))
     seconds = dict.fromkeys(PARTS, 0.0)
-    if submitted is not None:
-        seconds["queue"] = _gap(submitted, found[0].began, f"{found[0].file}: begun before it was submitted,", problems)
+    since = math.inf if submitted is None else submitted
+    queued = next((attempt for attempt in found if attempt.began >= since - SLACK), None)
+    began = ended = min(since, found[0].began) if queued is found[0] else found[0].began
     for number, attempt in enumerate(found):
         problems += attempt.problems()
+        if ended - attempt.began > SLACK:
+            said = f"{attempt.file}: begun before {found[number - 1].file.name} ended"
+            problems.append(f"{said}, by {ended - attempt.began:.1f} s")
+        waited = max(0.0, attempt.began - max(ended, since)) if attempt is queued else 0.0
+        seconds["queue"] += waited
+        seconds["between attempts"] += max(0.0, attempt.began - ended) - waited
         for part, spent in attempt.seconds.items():
             seconds[part] += spent
         if number + 1 < len(found):
-            follows = found[number + 1]
-            said = f"{follows.file}: begun before {attempt.file.name} ended,"
-            seconds["between attempts"] += _gap(attempt.at, follows.began, said, problems)
             for part, lost in attempt.unsaved.items():
                 seconds[part] -= lost
                 seconds["redone"] += lost
+        ended = attempt.at
     last = found[-1]
     return Spent(
         {part: value for part, value in seconds.items() if value},
-        last.at - (found[0].began if submitted is None else min(submitted, found[0].began)),
+        last.at - began,
         len(found) - 1,
         last.world_size,
         last.device,
         last.cores,
+        sum(attempt.world_size * sum(attempt.seconds.values()) for attempt in found),
         tuple(problems),
     )
-
-
-def _gap(before: float, after: float, said: str, problems: list[str]) -> float:
-    """Seconds between two moments; a problem when they are the wrong way round."""
-    if before - after > SLACK:
-        problems.append(f"{said} by {before - after:.1f} s")
-    return max(0.0, after - before)
 
 
 def advice(spent: Spent, config: Mapping[str, Any]) -> str:

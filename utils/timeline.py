@@ -100,6 +100,11 @@ def saved(part: str = "saving") -> None:
     _timeline.saved(part)
 
 
+def is_done_again(part: str, seconds: float) -> None:
+    """That much of `part` does a restart do again, though a checkpoint was saved after it."""
+    _timeline.at_save[part] = _timeline.at_save.get(part, 0.0) - seconds
+
+
 def spent(part: str) -> float:
     """Seconds of this run that belong to `part` so far."""
     return _timeline.seconds.get(part, 0.0)

@@ -9,7 +9,7 @@ import torch
 
 from detect_train import pictures
 from detect_train.geometry import iou
-from detect_train.validation import predicted
+from detect_train.validation import PART, predicted
 from utils import dist, timeline
 from utils.engine import TrainState
 from utils.hooks import Hook
@@ -52,7 +52,7 @@ class Recall(Hook):
             loss, classes = state.summary["loss_avg"], ", ".join(f"{name} {each:.3f}" for name, each in shares.items())
             line = f"Epoch Stats [{state.epoch}] - Loss Avg: {loss:.6f}, Proposal Recall: {recall:.6f} ({classes})"
             print(line, flush=True)
-        timeline.done("validation")
+        timeline.done(PART)
 
 
 def recalled(index: LabelIndex, proposals: np.ndarray) -> np.ndarray:
