@@ -26,9 +26,10 @@ class ShowViews(Hook):
         self.views, self.batches, self.writer = views, batches, writer
 
     def before_epoch(self, state: TrainState) -> None:
-        if dist.rank() == 0 and not state.batch:  # an epoch that goes on has had its picture
+        first = state.step - state.batch + 1
+        if dist.rank() == 0 and self.writer.step < first:  # else the epoch goes on, and its picture counts
             chosen = np.array(self.batches.indices(state.epoch, 0)[:IMAGES])
-            self.writer.events.picture("views", pairs(self.views, state.epoch, chosen), ABOUT, state.step + 1)
+            self.writer.events.picture("views", pairs(self.views, state.epoch, chosen), ABOUT, first)
             timeline.done("compute")
 
 

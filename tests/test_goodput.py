@@ -92,6 +92,7 @@ def test_a_stage_submitted_again_waits_in_the_queue_for_its_second_attempt(tmp_p
     assert spent.seconds == {"queue": 100, "compute": 130, "redone": 10, "between attempts": 940 + 50}
     assert sum(spent.seconds.values()) == spent.wall == 1230 and not spent.problems
     assert spent.rank_seconds == 4 * 110 + 8 * 30
+    assert goodput.stage(run_dir, BEGAN + 40).seconds["queue"] == 1100 - 60, "submitted while the first one ran"
     waiting = goodput.stage(run_dir, BEGAN + 5000)
     assert waiting.seconds == {"compute": 130, "redone": 10, "between attempts": 1040 + 50} and not waiting.problems
 

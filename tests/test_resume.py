@@ -16,6 +16,7 @@ from tests import ranks
 from tests.faults import recorder
 from tests.labeled_set import write_set
 from tests.test_detect_train import SMALL as SMALL_DETECTOR
+from tests.test_events import picture_steps
 from tests.test_ssl_train import SMALL as SMALL_MOCO
 from tests.test_ssl_train import write_images
 from utils import goodput, metrics
@@ -94,6 +95,7 @@ def test_pretraining_killed_twice_in_an_epoch(pretraining: Program) -> None:
     assert pretraining.start("cut").returncode == 0
     check_same(whole, pretraining.lines("cut"), [1, 2, 3, 3, 4, 5, *range(5, 15)])
     assert pretraining.metrics("cut") == pretraining.metrics("whole")
+    assert picture_steps(pretraining.folder / "cut", "views") == [1, 8]
     spent = goodput.stage(RunDir(pretraining.folder / "cut"), None)
     assert (spent.restarts, spent.problems) == (2, ())
     backbones = [(pretraining.folder / name / "backbone.pth").read_bytes() for name in ("whole", "cut")]
