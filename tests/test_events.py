@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ from tests.labeled_set import write_set
 from tests.test_ssl_data import SETTINGS, write_images
 from utils import image_cache, labels, metrics
 from utils.metrics import MetricsWriter
-from utils.paths import ROOT, RunDir
+from utils.paths import RunDir
 from utils.tree import Folder
 
 EVERYTHING = {"scalars": 0, "images": 0}  # and no sample of it
-BESIDE = Path(sys.executable).parent
 
 
 def events(run: Path) -> EventAccumulator:
@@ -125,22 +125,32 @@ def test_the_best_detections_lie_over_the_objects(tmp_path: Path) -> None:
     assert at((0, 1), 44, 44) == pictures.DETECTION != at((0, 1), 30, 44), "another image's"
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """TensorBoard's, which shows a chain with a run in it."""
-    writer = MetricsWriter(RunDir(tmp_path / "r1"), epoch=0, step=0)
-    writer.write("val", epoch=0, step=8, AP=0.5)
-    writer.events.picture("views", Image.new("RGB", (12, 8), "red"), ABOUT, 8)
-    log = tmp_path / "log"
-    command = [str(BESIDE / "tensorboard"), "--logdir", str(tmp_path), "--host", "127.0.0.1", "--port", "0"]
-    with open(log, "w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as server:
+@contextlib.contextmanager
+def tensorboard(command: list[str], log: Path, **how: Any) -> Iterator[Callable[..., bytes]]:
+    """TensorBoard, started by `command`: what it answers to a path and a query."""
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, **how) as server:
         try:
-            yield _until(lambda: re.search(r"http://127\.0\.0\.1:\d+/", log.read_text()), server, log)[0]
+            said = _until(lambda: re.search(r"http://\S+:\d+/", log.read_text()), server, log)
+            yield lambda path, **query: _answer(f"{said[0]}data/plugin/{path}?{urllib.parse.urlencode(query)}")
         finally:
             server.terminate()
 
 
-def _until(look: Any, server: subprocess.Popen[bytes], log: Path) -> Any:
+def tags(asked: Callable[..., bytes], plugin: str) -> Any:
+    """By run, a plugin's tags, once TensorBoard has read something: it does so in the background."""
+    for _ in range(600):
+        if found := json.loads(asked(f"{plugin}/tags")):
+            return found
+        time.sleep(0.1)
+    raise AssertionError("nothing was read")
+
+
+def _answer(url: str) -> bytes:
+    with urllib.request.urlopen(url) as answer:
+        return bytes(answer.read())
+
+
+def _until(look: Callable[[], Any], server: subprocess.Popen[bytes], log: Path) -> Any:
     for _ in range(600):
         if found := look():
             return found
@@ -149,20 +159,17 @@ def _until(look: Any, server: subprocess.Popen[bytes], log: Path) -> Any:
     raise AssertionError(log.read_text())
 
 
-def test_tensorboard_shows_a_chain(address: str) -> None:
-    def asked(path: str, **query: Any) -> bytes:
-        with urllib.request.urlopen(f"{address}data/plugin/{path}?{urllib.parse.urlencode(query)}") as answer:
-            return bytes(answer.read())
-
-    for _ in range(600):  # it reads the files in the background
-        if tags := json.loads(asked("images/tags")):
-            break
-        time.sleep(0.1)
-    (run,) = tags
-    assert run == "r1/tensorboard"
-    assert ABOUT in tags[run]["views"]["description"]
-    points = json.loads(asked("scalars/scalars", run=run, tag="val/AP"))
-    assert [point[1:] for point in points] == [[8, 0.5]]
-    (shown,) = json.loads(asked("images/images", run=run, tag="views", sample=0))
-    content = asked("images/individualImage", **dict(urllib.parse.parse_qsl(shown["query"])))
-    assert Image.open(io.BytesIO(content)).size == (12, 8)
+def test_tensorboard_shows_a_chain(tmp_path: Path) -> None:
+    writer = MetricsWriter(RunDir(tmp_path / "r1"), epoch=0, step=0)
+    writer.write("val", epoch=0, step=8, AP=0.5)
+    writer.events.picture("views", Image.new("RGB", (12, 8), "red"), ABOUT, 8)
+    program = str(Path(sys.executable).parent / "tensorboard")
+    command = [program, "--logdir", str(tmp_path), "--host", "127.0.0.1", "--port", "0"]
+    with tensorboard(command, tmp_path / "log") as asked:
+        ((run, found),) = tags(asked, "images").items()
+        assert run == "r1/tensorboard" and ABOUT in found["views"]["description"]
+        points = json.loads(asked("scalars/scalars", run=run, tag="val/AP"))
+        assert [point[1:] for point in points] == [[8, 0.5]]
+        (shown,) = json.loads(asked("images/images", run=run, tag="views", sample=0))
+        content = asked("images/individualImage", **dict(urllib.parse.parse_qsl(shown["query"])))
+        assert Image.open(io.BytesIO(content)).size == (12, 8)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.clone import clone, environ
 from tests.cluster import Cluster
+from tests.test_events import tags, tensorboard
 from utils import checkpoint
 from utils.paths import ROOT
 
@@ -21,6 +22,7 @@ ELSEWHERE = {  # typed by others
 }
 # What a small cluster's user would edit: the resources in the headers, and which chain is the default one.
 HEADER = {"gpus-per-node": "0", "ntasks-per-node": "1", "cpus-per-task": "1", "mem": "4G", "time": "00:10:00"}
+(SERVED,) = (block for block in BLOCKS if block.startswith("tensorboard "))  # until it is stopped
 EPOCHS = {"pretrain": 1, "r1": 1, "r2": 2, "r3": 3}
 
 
@@ -68,6 +70,11 @@ def test_every_command_works_as_it_stands(here: Path, cluster: Cluster) -> None:
     activated = ""  # each block is a shell of its own; a newcomer has one
     for block in BLOCKS:
         if block in ELSEWHERE:
+            continue
+        if block == SERVED:
+            command = ["bash", "-c", f"{activated}exec {block}"]
+            with tensorboard(command, here / "tensorboard.log", cwd=here, env=environ(**cluster.env)) as asked:
+                assert {"pretrain/tensorboard", "r1/tensorboard"} <= tags(asked, "images").keys()
             continue
         outputs[block] = run(here, cluster, activated + block)
         until_idle(cluster)
