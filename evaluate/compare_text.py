@@ -10,6 +10,7 @@ from evaluate.chain_files import StageFiles
 from evaluate.detections_file import Evaluated
 from utils.coco_names import METRICS, show
 
+SEEDS = "Noise is what other images would change; what other seeds of training would, is not in it."
 MOST_CLASSES = 10  # shown, of those whose AP has changed
 
 
@@ -45,6 +46,7 @@ def against(base: Run, other: Run) -> Iterator[str]:
         change = "" if before[name] == -1 else f"{now[name] - before[name]:+.3f}"
         rows.append((name, show(before[name]), show(now[name]), change, interval, said))
     yield from _table(rows)
+    yield SEEDS
     yield from _classes(base, other)
     for title, lines in (
         ("Configuration, A -> B", run_cost.changes(base.stages, other.stages)),

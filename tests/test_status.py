@@ -69,6 +69,11 @@ def test_how_far_a_running_stage_is_and_how_long_it_takes(chain: Chain) -> None:
     assert seconds(row(chain)["left"]) == 7300, "the record is of the attempt before"
     state.finish(chain, "r1", InputError("no"), "")
     assert (row(chain)["state"], row(chain)["step"], row(chain)["left"]) == ("FAILED", "1200/3000", "")
+    assert row(chain)["restarts"] == "0"
+    chain.run_dir("r1").times.mkdir()
+    for began in range(3):
+        chain.run_dir("r1").attempt("1", 0, began).touch()
+    assert row(chain)["restarts"] == "2", "each attempt, whoever began it"
 
 
 def test_records_of_earlier_versions_are_shown_as_far_as_they_go(chain: Chain) -> None:
