@@ -71,8 +71,8 @@ def test_how_far_a_running_stage_is_and_how_long_it_takes(chain: Chain) -> None:
     assert (row(chain)["state"], row(chain)["step"], row(chain)["left"]) == ("FAILED", "1200/3000", "")
     assert row(chain)["restarts"] == "0"
     chain.run_dir("r1").times.mkdir()
-    for began in range(3):
-        chain.run_dir("r1").attempt("1", 0, began).touch()
+    for moment in range(3):
+        chain.run_dir("r1").attempt("1", 0, moment).touch()
     assert row(chain)["restarts"] == "2", "each attempt, whoever began it"
 
 
