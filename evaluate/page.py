@@ -31,6 +31,7 @@ from evaluate import (
 from evaluate.chain_files import ChainFiles, StageFiles, is_number
 from evaluate.detections_file import Evaluated
 from evaluate.page_results import Evaluation
+from utils import attempts
 from utils.coco_names import show
 from utils.errors import InputError
 from utils.files import write_atomic
@@ -141,8 +142,9 @@ def _stage(chain: ChainFiles, stage: StageFiles) -> dict[str, Any]:
     status, marker = chain_files.status(chain, stage), stage.marker
     lines = []
     if stage.seconds is not None:
-        lines.append(page_time.duration(stage.seconds))
-    if restarts := marker.get("restarts"):
+        ran = sum(attempt.at - attempt.began for attempt in attempts.read(stage.run_dir)[0])
+        lines.append(page_time.duration(ran or stage.seconds))
+    if restarts := attempts.restarts(stage.run_dir, marker):
         lines.append(f"{restarts} restart{'s' if restarts != 1 else ''}")
     if marker.get("epochs") is not None and stage.of_kind("train"):
         lines.append(f"{marker['epochs']} epochs done")

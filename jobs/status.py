@@ -17,7 +17,7 @@ from jobs.known import Jobs
 from jobs.scheduler import Job
 from jobs.stages import Chain
 from jobs.tagged import Written
-from utils import metrics, paths
+from utils import attempts, metrics, paths
 from utils.errors import InputError, RelayError, one_line
 from utils.slurm import FINAL
 
@@ -115,8 +115,8 @@ def _stages(written: Written, jobs: Jobs) -> dict[str, Shown]:
 def _row(chain: Chain, stage: str, shown: Shown, jobs: Jobs) -> list[str]:
     record, job = shown.record, jobs.known.get(stage)
     where = [jobs.ids.get(stage) or record.get("job_id", ""), job.node.strip("()") if job else record.get("host", "")]
-    attempts, log = list(chain.run_dir(stage).times.glob("*.json")), _short(record.get("log", ""))
-    restarts = str(max(record["restarts"], len(attempts) - 1)) if "restarts" in record else ""  # also those by hand
+    restarts = str(attempts.restarts(chain.run_dir(stage), record)) if "restarts" in record else ""
+    log = _short(record.get("log", ""))
     progress = *_progress(chain, stage, shown), _elapsed(record, job)
     return [harmless(cell) for cell in (stage, shown.word, *where, *progress, restarts, shown.cause, log)]
 

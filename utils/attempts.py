@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import InputError
 from utils.paths import RunDir
@@ -72,3 +74,9 @@ def read(run_dir: RunDir) -> tuple[list[Attempt], list[str]]:
         except InputError as error:
             problems.append(str(error))
     return sorted(found, key=lambda attempt: attempt.began), problems
+
+
+def restarts(run_dir: RunDir, marker: Mapping[str, Any]) -> int:
+    """How often a stage was begun again, by Slurm, which its marker tells of the newest job, or by hand."""
+    known = marker.get("restarts")
+    return max(known if isinstance(known, int) else 0, len(list(run_dir.times.glob("*.json"))) - 1)
