@@ -35,7 +35,7 @@ from detect_train import reading
 from detect_train.config import refused
 from detect_train.inference import measure, predict
 from evaluate import detections_file, detector
-from utils import coco, dist, env, files, labels, log, mirror_views, paths, revision, squashfs, timeline
+from utils import coco, dist, env, files, labels, log, metrics_csv, mirror_views, paths, revision, squashfs, timeline
 from utils.config import to_yaml
 from utils.device import describe, resolve_precision
 
@@ -66,6 +66,7 @@ def evaluate(cfg: config.Config, run_dir: paths.RunDir, device: torch.device) ->
     """COCO's twelve numbers by name, and the epochs trained, on every rank; rank 0 writes the report."""
     if dist.rank() == 0:
         files.write_text(run_dir.config, to_yaml(cfg))
+        metrics_csv.write_settings(run_dir, cfg)
         run_dir.report(env.job_id()).unlink(missing_ok=True)  # of this job before it was requeued
     evaluator = coco.library(cfg.evaluator)
     checkpoint = Path(mirror_views.brought(cfg, run_dir).checkpoint)

@@ -115,6 +115,7 @@ def test_the_times_of_an_evaluation_add_up(finished: dict[str, Any]) -> None:
     assert (spent.seconds.keys(), spent.problems) == ({"start-up", "staging", "labels", "evaluation"}, ())
     (times,) = map(json.loads, (file.read_text() for file in run_dir.times.iterdir()))
     assert times["ended"] and times["unsaved"].get("evaluation", 0) < times["seconds"]["evaluation"]
+    assert "data.split,validation\n" in run_dir.hyperparam.read_text()
 
 
 def test_report_holds_the_numbers_of_pycocotools_and_where_they_come_from(
