@@ -30,6 +30,8 @@ def load(word: str) -> Run:
     path = Path(word)
     if not path.exists():
         raise InputError(f"{word}: no such chain, evaluation or detections file")
+    if not path.is_dir() and path.suffix != ".npz":
+        raise InputError(f"{word}: give the directory of a chain or of an evaluation, or its detections.npz")
     if not path.is_dir():
         return Run(word, detections_file.load(path), ())
     stage = RunDir(path.resolve())
@@ -62,9 +64,10 @@ def check_same(base: Run, other: Run) -> None:
     raise InputError(f"{base.word} and {other.word} were not evaluated on the same data; {problem}")
 
 
-def check(run: Run, limits: Sequence[tuple[str, float]], better: Run | None) -> None:
-    """Raises: CheckFailed when a number is under its limit, or AP below that of `better` beyond noise."""
+def check(run: Run, limits: Sequence[tuple[str, float]], better: Run | None) -> str:
+    """What holds. Raises: CheckFailed when a number is under its limit, or AP below that of `better` beyond noise."""
     found = analysis.stats(run.found)
+    holds = [f"{name} is {show(found[name])}, not under {limit:g}" for name, limit in limits]
     for name, limit in limits:
         if found[name] < limit:
             raise CheckFailed(f"{run.word}: {name} is {show(found[name])}, under {limit:g}")
@@ -78,6 +81,8 @@ def check(run: Run, limits: Sequence[tuple[str, float]], better: Run | None) -> 
             raise CheckFailed(
                 f"{run.word}: AP is worse than that of {better.word}: {difference.value:+.3f}, {interval}"
             )
+        holds.append(f"AP is not worse than that of {better.word} beyond noise: {difference.value:+.3f}")
+    return f"{run.word}: {'; '.join(holds)}"
 
 
 def _limit(word: str) -> tuple[str, float]:
@@ -109,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_same(runs[0], run)
         print(*([""] if number else []), *compare_text.against(runs[0], run), sep="\n")
     for run in runs[1:] or runs:
-        check(run, given.fail_under, better)
+        holds = check(run, given.fail_under, better)
+        if given.fail_under or better:
+            print(holds)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def summary(files: Iterable[Path | str]) -> Iterator[str]:
     rows = [SEPARATOR.join(head)]  # one text a row: of 100,000 rows the cells would be a million objects
     widths = [max(len(name), len(show(0.0))) for name in head]
     for given in files:
+        before = len(rows)
         for file, is_named in (
             [(str(given), True)] if not os.path.isdir(given) else ((file, False) for file in below(given))
         ):
@@ -35,6 +36,8 @@ def summary(files: Iterable[Path | str]) -> Iterator[str]:
             if cells:
                 widths = list(map(max, widths, map(len, cells)))
                 rows.append(SEPARATOR.join(cells))
+        if len(rows) == before:
+            raise InputError(f"{given}: no eval_<jobid>.out below it")
     return ("  ".join(map(str.ljust, row.split(SEPARATOR), widths)).rstrip() for row in rows)
 
 

@@ -58,6 +58,8 @@ def write(chain_dir: Path, out: Path, reference: str | None = None) -> Path:
 
     Raises: InputError when `chain_dir` has no stage, or the reference is unknown; OSError when `out` cannot be written.
     """
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
     chain = chain_files.read(chain_dir)
     compared = references.load(reference) if reference else {}
     found, why = _evaluated(chain)
@@ -142,12 +144,12 @@ def _stage(chain: ChainFiles, stage: StageFiles) -> dict[str, Any]:
     status, marker = chain_files.status(chain, stage), stage.marker
     lines = []
     if stage.seconds is not None:
-        ran = sum(attempt.at - attempt.began for attempt in attempts.read(stage.run_dir)[0])
-        lines.append(page_time.duration(ran or stage.seconds))
+        began = chain_files.seconds(marker["started"]) or 0.0
+        lines.append(page_time.duration(stage.seconds + attempts.ran_before(stage.run_dir, began)))
     if restarts := attempts.restarts(stage.run_dir, marker):
         lines.append(f"{restarts} restart{'s' if restarts != 1 else ''}")
     if marker.get("epochs") is not None and stage.of_kind("train"):
-        lines.append(f"{marker['epochs']} epochs done")
+        lines.append(f"{marker['epochs']} epochs in all")
     elif stage.records and status != "done":
         lines.append(f"epoch {stage.records[-1]['epoch']}, step {stage.records[-1]['step']}")
     reached = marker.get("metrics")

@@ -83,6 +83,7 @@ def results(
     )
     if reference:
         about += f" Reference: {reference}; ▲ and ▼: it lies outside of this result's interval."
+        about += " Whether it was measured on the same data is not known here; evaluate.compare makes sure."
     else:
         about += " No reference was given (--reference dl-sp22, or the metrics.json of another run)."
     differ = [name for name, one in intervals.items() if one and abs(one.value - stats[name]) > 1e-6]

@@ -26,7 +26,7 @@ def line(place: int, stages: Sequence[StageFiles]) -> dict[str, Any]:
         x = np.concatenate([one.x for one in validated])
         y = np.concatenate([one.values[keys[0]] for one in validated])
         if y.max() >= 0:
-            best = f"Best {keys[0]} {show(float(y.max()))}, after epoch {int(x[y.argmax()])}."
+            best = f"Best {keys[0]} {show(float(y.max()))}, in epoch {int(x[y.argmax()])}, counted from 0."
     count = sum(len(one.x) for one in rounds)
     return {
         "title": names,

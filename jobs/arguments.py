@@ -45,7 +45,11 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
         raise InputError("--watch: shows one chain; leave out --all")
     if arguments.follow and not arguments.logs:
         raise InputError("-f: only with --logs STAGE")
+    if arguments.logs and (arguments.status or arguments.watch):
+        raise InputError("--logs: leave out --status and --watch")
     arguments.status |= arguments.watch
+    if arguments.words and (arguments.status or arguments.logs or arguments.cancel):
+        raise InputError(f"{arguments.words[0]}: nothing to configure here; --name or --file says which chain")
     device = "xla" if arguments.cluster == "tpu" else arguments.device
     if arguments.device not in (None, device):
         raise InputError(f"--device {arguments.device}: the chips of --cluster tpu are xla")

@@ -41,7 +41,7 @@ from jobs.scheduler import Patience
 from jobs.stages import Chain
 from jobs.tagged import Queued
 from jobs.watch import watch
-from utils.paths import ROOT
+from utils.paths import ROOT, chains
 
 INSTEAD_OF_RANKS = {
     "slurm": "on Slurm use --sbatch=--ntasks-per-node=N",
@@ -146,6 +146,13 @@ def cancel(chain: Chain) -> None:
     print(f"cancelled: {listed or 'nothing was queued or running'}")
 
 
+def _others(chain: Chain) -> list[str]:
+    """Of which chains there is something to see, where of this one there is nothing."""
+    if chain.dir.path.exists():
+        return []
+    return [f"nothing was launched as {chain.name} yet; --name shows another: {', '.join(sorted(chains())) or 'none'}"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(__doc__, argv)
     chain = stages.load(arguments.file, arguments.name, arguments.store)
@@ -157,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         watch(chain)
     elif arguments.status:
         note = status.refreshed(chain)
-        print(status.table(chain), *note, sep="\n")
+        print(status.table(chain), *note, *_others(chain), sep="\n")
     elif arguments.logs:
         print_logs(chain, arguments.logs, arguments.follow)
     elif arguments.cancel:

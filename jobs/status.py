@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
-import math
 import os
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs import known, state, store
+from jobs import known, store
 from jobs.known import Jobs
+from jobs.progress import PROGRESS, elapsed, progress
 from jobs.scheduler import Job
 from jobs.stages import Chain
 from jobs.tagged import Written
-from utils import attempts, metrics, paths
+from utils import attempts, paths
 from utils.errors import InputError, RelayError, one_line
 from utils.slurm import FINAL
 
-PROGRESS = ("epoch", "step", "images/s", "loss", "AP", "left")
 COLUMNS = ("stage", "state", "job", "node", *PROGRESS, "elapsed", "restarts", "cause", "log")
 
 
@@ -113,12 +110,13 @@ def _stages(written: Written, jobs: Jobs) -> dict[str, Shown]:
 
 
 def _row(chain: Chain, stage: str, shown: Shown, jobs: Jobs) -> list[str]:
-    record, job = shown.record, jobs.known.get(stage)
+    record, job, run_dir = shown.record, jobs.known.get(stage), chain.run_dir(stage)
     where = [jobs.ids.get(stage) or record.get("job_id", ""), job.node.strip("()") if job else record.get("host", "")]
-    restarts = str(attempts.restarts(chain.run_dir(stage), record)) if "restarts" in record else ""
+    restarts = str(attempts.restarts(run_dir, record)) if "restarts" in record else ""
     log = _short(record.get("log", ""))
-    progress = *_progress(chain, stage, shown), _elapsed(record, job)
-    return [harmless(cell) for cell in (stage, shown.word, *where, *progress, restarts, shown.cause, log)]
+    goes_on = shown.word.startswith("RUNNING") and record["status"] == "running"  # else it has yet to begin
+    so_far = *progress(run_dir, record, goes_on), elapsed(run_dir, record, job)
+    return [harmless(cell) for cell in (stage, shown.word, *where, *so_far, restarts, shown.cause, log)]
 
 
 def harmless(text: str) -> str:
@@ -158,39 +156,6 @@ def _state(record: Mapping[str, Any], job_id: str | None, job: Job | None, is_wh
 def is_alive(record: Mapping[str, Any]) -> bool:
     """Whether a local run still goes on; one on another host is believed to."""
     return record["host"] != socket.gethostname() or Path(f"/proc/{record['job_id']}").exists()
-
-
-def _progress(chain: Chain, stage: str, shown: Shown) -> list[str]:
-    """PROGRESS from the stage's metrics; runs of earlier versions have not written all of it."""
-    file = chain.run_dir(stage).metrics
-    newest = metrics.newest(file)
-    values = newest | shown.record.get("metrics", {})
-    step = "/".join(str(newest[key]) for key in ("step", "steps") if key in newest)
-    rate = f"{newest['images_per_s']:.1f}" if "images_per_s" in newest else ""
-    scores = [f"{values[name]:.4f}" if values.get(name) is not None else "" for name in ("loss", "AP")]
-    goes_on = shown.word.startswith("RUNNING") and shown.record["status"] == "running"  # else it has yet to begin
-    left = newest.get("left_s") if goes_on else None
-    if left is not None:
-        written = file.stat().st_mtime
-        began = datetime.datetime.fromisoformat(shown.record["started"]).timestamp()
-        left -= time.time() - written if written > began else 0  # else by the attempt before, and this is on its way
-    return [str(newest.get("epoch", "")), step, rate, *scores, "" if left is None else clock(left)]
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss or m:ss; nothing for what is no number."""
-    if not math.isfinite(seconds):
-        return ""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _elapsed(record: Mapping[str, Any], job: Job | None) -> str:
-    if "started" not in record:
-        return job.elapsed if job and job.state != "PENDING" else ""
-    started, ended = (datetime.datetime.fromisoformat(record[key] or state.now()) for key in ("started", "ended"))
-    return str(ended - started)
 
 
 def _short(log: str) -> str:

@@ -130,7 +130,7 @@ def _marker(root: Path, name: str, begins: float, ends: float, config: dict[str,
         "restarts": 1 if name == "r1" else 0,
         "cause": None,
         "log": str(root / name / "logs" / "4711_0_rank0.log"),
-        "started": _date(begins),
+        "started": _date(_spans(begins, ends)[1][0] if name == "r1" else begins),  # of the newest attempt
         "ended": _date(ends),
         "config": config,
         "inputs": {key: {"from": f"{parent}.{kept[key]}", "path": "x.pth", "sha256": "ab" * 32} for key in inputs},
@@ -196,8 +196,7 @@ def _write_times(
     run_dir: RunDir, job: str, begins: float, ends: float, *, restarted: bool, training: bool, commit: str
 ) -> None:
     shares = PARTS if training else {"start-up": 0.06, "staging": 0.05, "labels": 0.03, "evaluation": 0.86}
-    spans = [(begins, begins + 0.6 * (ends - begins)), (begins + 0.62 * (ends - begins), ends)]
-    for restarts, (start, end) in enumerate(spans if restarted else [(begins, ends)]):
+    for restarts, (start, end) in enumerate(_spans(begins, ends) if restarted else [(begins, ends)]):
         seconds = {part: share * (end - start) for part, share in shares.items()}
         last = restarted and restarts == 0
         content = {
@@ -214,6 +213,11 @@ def _write_times(
             "ended": not last,
         }
         files.write_json(run_dir.path / "times" / f"{job}_{restarts}_{start:.2f}.json", content)
+
+
+def _spans(begins: float, ends: float) -> list[tuple[float, float]]:
+    """Of two attempts."""
+    return [(begins, begins + 0.6 * (ends - begins)), (begins + 0.62 * (ends - begins), ends)]
 
 
 def _date(seconds: float) -> str:

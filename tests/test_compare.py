@@ -224,7 +224,17 @@ def test_a_check_that_cannot_be_read_is_refused(word: str, capsys: pytest.Captur
     assert ended.value.code == 2 and word in capsys.readouterr().err
 
 
+def test_checks_that_hold_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    word, before = save(tmp_path / "a.npz", 40), save(tmp_path / "b.npz", 40)
+    compare.main([word, "--fail-under", "AP=0.4", "--fail-if-worse-than", before])
+    held = f"AP is 0.406, not under 0.4; AP is not worse than that of {before} beyond noise: +0.000"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{word}: {held}"
+
+
 def test_runs_without_detections_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match=r"metrics\.json: give the directory .*, or its detections\.npz$"):
+        compare.load(str(tmp_path / "metrics.json"))
     (tmp_path / "chain" / "r1").mkdir(parents=True)
     (tmp_path / "chain" / "r1" / "config.yaml").write_text("epochs: 3\n")
     with pytest.raises(InputError, match="chain: no evaluation in it yet"):

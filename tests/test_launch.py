@@ -208,6 +208,13 @@ def test_ctrl_c_ends_a_local_launch_with_one_line(here: Checkout) -> None:
     assert here.local("--only", "pretrain").returncode == 0
 
 
+def test_a_chain_that_was_not_launched_names_those_that_were(here: Checkout) -> None:
+    assert "nothing was launched as standin yet; --name shows another: none\n" in here.launch("--status").stdout
+    assert here.local("--only", "pretrain", "--name", "mine").returncode == 0
+    assert here.launch("--status").stdout.endswith(": mine\n")
+    assert "nothing was launched" not in here.launch("--status", "--name", "mine").stdout
+
+
 def test_ctrl_c_ends_a_watch_and_what_is_done_is_watched_and_logged(here: Checkout) -> None:
     words = [sys.executable, "jobs/launch.py", "--file", "tests/standin/chain.yaml"]
     with here.start("env", "--default-signal=INT", *words, "--watch") as watching:
@@ -272,6 +279,9 @@ def test_a_reader_that_has_gone_is_no_error(here: Checkout, words: list[str]) ->
         ["--status", "--watch", "--all"],
         ["--status", "-f"],
         ["--logs", "r1"],
+        ["--logs", "r1", "--watch"],
+        ["--status", "standin"],
+        ["--cancel", "name=standin"],
     ],
 )
 def test_a_command_line_that_cannot_be_meant_is_refused(here: Checkout, words: list[str]) -> None:

@@ -152,7 +152,7 @@ def test_the_numbers_are_those_of_the_files(chain: Path) -> None:
         value = "n/a" if stats[name] == -1 else f"{stats[name]:.3f}"
         assert re.search(rf"\b{name} [^.]*?[a-z0-9² .:]* {re.escape(value)} ", said), name
     assert f" 0.237 {stats['AP'] - 0.237:+.3f} " in said and f" 0.398 {stats['AP50'] - 0.398:+.3f} " in said
-    assert re.search(r"r1 ✓ done 9 h 18 min 1 restart 23 epochs done", said)
+    assert re.search(r"r1 ✓ done 9 h 18 min 1 restart 23 epochs in all", said)
     assert re.search(r"training 10 1 27 \d+ \d+ \d+ 1 validation 10 0 30", said)
     assert "1 images, labels or boxes were left out" in said and "training/labels/2.yml" in said
     assert "optim.lr 0.03 0.003 0.0003" in said
@@ -167,6 +167,9 @@ def test_the_reference_can_be_another_run(chain: Path, tmp_path: Path) -> None:
     page_data.change(other, stats=stats | {"AP": stats["AP"] + 0.3, "AP50": stats["AP50"] - 0.001})
     said = text_of(chain, str(other))
     assert "-0.300 ▼" in said and "+0.001 " in said and "+0.001 ▲" not in said
+    assert "Whether it was measured on the same data is not known here" in said
+    with pytest.raises(InputError, match=r"is a folder; name a file, such as .*/report\.html$"):
+        page.write(chain, tmp_path)
     with pytest.raises(InputError, match="dl-sp22"):
         page.write(chain, tmp_path / "x.html", "unheard-of")
 

@@ -162,3 +162,6 @@ def test_one_damaged_report_does_not_end_the_table_of_all(tmp_path: Path, line: 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.out: No such file"):
         index.summary([tmp_path / "nothing.out"])
+    (tmp_path / "eval").mkdir()
+    with pytest.raises(InputError, match=r"/eval: no eval_<jobid>\.out below it$"):
+        index.summary([tmp_path / "eval"])

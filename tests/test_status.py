@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import after, page, stages, state, status, store
+from jobs.progress import PROGRESS, clock
 from jobs.stages import Chain
 from jobs.status import COLUMNS
 from utils import files, paths
@@ -69,18 +71,25 @@ def test_how_far_a_running_stage_is_and_how_long_it_takes(chain: Chain) -> None:
     assert seconds(row(chain)["left"]) == 7300, "the record is of the attempt before"
     state.finish(chain, "r1", InputError("no"), "")
     assert (row(chain)["state"], row(chain)["step"], row(chain)["left"]) == ("FAILED", "1200/3000", "")
-    assert row(chain)["restarts"] == "0"
-    chain.run_dir("r1").times.mkdir()
-    for moment in range(3):
-        chain.run_dir("r1").attempt("1", 0, moment).touch()
-    assert row(chain)["restarts"] == "2", "each attempt, whoever began it"
+
+
+def test_each_attempt_counts_whoever_began_it(chain: Chain) -> None:
+    begin(chain)
+    times = {"started": "2030-01-01T10:00:00+00:00", "ended": "2030-01-01T10:05:00+00:00"}
+    state.update(chain, "r1", status="failed", cause="no", **times)
+    assert (row(chain)["restarts"], row(chain)["elapsed"]) == ("0", "0:05:00")
+    run_dir, now = chain.run_dir("r1"), datetime.datetime.fromisoformat(times["started"]).timestamp()
+    spent = {"world_size": 1, "device": "cpu", "cores": 1, "seconds": {}, "unsaved": {}}
+    for began, ended in ((now - 5000, now - 4000), (now - 100, now - 80.4), (now - 9, now + 300)):
+        files.write_json(run_dir.attempt("1", 0, began), {**spent, "began": began, "at": ended})
+    assert (row(chain)["restarts"], row(chain)["elapsed"]) == ("2", "0:22:00"), "1,000 + 20 + 300 s"
 
 
 def test_records_of_earlier_versions_are_shown_as_far_as_they_go(chain: Chain) -> None:
     begin(chain).write("train", epoch=3, step=1200, loss=0.25)
     shown = row(chain)
-    assert [shown[name] for name in status.PROGRESS] == ["3", "1200", "", "0.2500", "", ""]
-    assert [row(chain, "r2")[name] for name in ("state", *status.PROGRESS)] == ["TODO", *[""] * 6]
+    assert [shown[name] for name in PROGRESS] == ["3", "1200", "", "0.2500", "", ""]
+    assert [row(chain, "r2")[name] for name in ("state", *PROGRESS)] == ["TODO", *[""] * 6]
     state.done(chain, "r1", {"outputs": {}, "epochs": 4, "metrics": {"AP": 0.5}})
     assert (row(chain)["state"], row(chain)["AP"]) == ("DONE", "0.5000")
 
@@ -91,7 +100,7 @@ def test_records_of_earlier_versions_are_shown_as_far_as_they_go(chain: Chain) -
      (float("nan"), ""), (float("inf"), "")],
 )  # fmt: skip
 def test_clocks(seconds: float, shown: str) -> None:
-    assert status.clock(seconds) == shown
+    assert clock(seconds) == shown
 
 
 def test_a_cause_cannot_change_the_terminal_nor_the_table(chain: Chain) -> None:

@@ -80,3 +80,8 @@ def restarts(run_dir: RunDir, marker: Mapping[str, Any]) -> int:
     """How often a stage was begun again, by Slurm, which its marker tells of the newest job, or by hand."""
     known = marker.get("restarts")
     return max(known if isinstance(known, int) else 0, len(list(run_dir.times.glob("*.json"))) - 1)
+
+
+def ran_before(run_dir: RunDir, moment: float) -> float:
+    """Seconds of the attempts that had ended at a moment in Unix time."""
+    return sum(attempt.at - attempt.began for attempt in read(run_dir)[0] if attempt.at <= moment)
